@@ -1,0 +1,1 @@
+"""Calibration prompts: text files, one prompt a line."""

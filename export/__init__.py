@@ -1,0 +1,1 @@
+"""Freezing: quantized checkpoint → ONNX graphs → one builder per target. Needs onnx."""

@@ -1,0 +1,250 @@
+"""``LowBitLinear`` of domain ``qvdit`` as ONNX functions: what any conforming runtime executes in the node's place.
+
+Two bodies define the same operator: ``qdq`` (QuantizeLinear/DequantizeLinear around MatMul, for interchange) and
+``integer`` (MatMulInteger, for ONNX Runtime). A body is assembled from the parts that a layer has; every combination is
+one overload of the function. The values ``x_q``, ``x_zero`` and ``acc`` keep these names in every body, so that a
+parity check can look at them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import onnx
+import onnx.parser
+
+from qvdit.contract import FrameRows, LowBitLayer
+
+DOMAIN, DOMAIN_VERSION, NODE = "qvdit", 1, "LowBitLinear"
+OPSET = 21  # the first whose QuantizeLinear takes INT4 and an output type
+INPUTS = (
+    "x",
+    "weight_q",
+    "weight_scale",
+    "weight_zero",
+    "bias",
+    "inv_smooth",
+    "alpha",
+    "beta",
+    "frame_gain",
+    "tokens_per_frame",
+)
+ATTRIBUTES = ("weight_bits", "act_bits", "act_symmetric")
+Body = Literal["qdq", "integer"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Which parts a layer's body has."""
+
+    act_bits: int
+    act_symmetric: bool
+    weight_zero: bool
+    bias: bool
+    inv_smooth: bool
+    tqe: bool
+    frame_gain: bool
+
+    @staticmethod
+    def of(layer: LowBitLayer) -> Variant:
+        """The variant that a layer needs."""
+        return Variant(
+            act_bits=layer.act_bits,
+            act_symmetric=layer.act_symmetric,
+            weight_zero=layer.weight_zero is not None,
+            bias=layer.bias is not None,
+            inv_smooth=layer.inv_smooth is not None,
+            tqe=layer.rank > 0,
+            frame_gain=layer.frame_gain is not None and layer.rows is not FrameRows.NONE,
+        )
+
+    @property
+    def overload(self) -> str:
+        """The function overload's name, for example ``a8_symmetric_bias_tqe``."""
+        parts = [f"a{self.act_bits}", "symmetric" if self.act_symmetric else "asymmetric"]
+        flags = ("weight_zero", "bias", "inv_smooth", "tqe", "frame_gain")
+        return "_".join(parts + [flag for flag in flags if getattr(self, flag)])
+
+
+def function(variant: Variant, body: Body) -> onnx.FunctionProto:
+    """The function of one variant."""
+    lines = [
+        "x_float = Cast <to = 1> (x)",
+        "x_rows = Flatten <axis = -1> (x_float)",  # [M, K]
+        f"x_smooth = {'Mul (x_rows, inv_smooth)' if variant.inv_smooth else 'Identity (x_rows)'}",
+        *_scale(variant),
+        *(_quantize_symmetric(body) if variant.act_symmetric else _quantize_asymmetric(variant, body)),
+        *(_product_integer(variant) if body == "integer" else _product_qdq(variant)),
+        *_epilogue(variant, body),
+        "leading = Shape <start = 0, end = -1> (x)",
+        "minus_one = Constant <value_ints = [-1]> ()",
+        "y_shape = Concat <axis = 0> (leading, minus_one)",
+        "y_float = Reshape (y_rows, y_shape)",
+        "y = CastLike (y_float, x)",
+    ]
+    text = (
+        f'<opset_import: ["" : {OPSET}], domain: "{DOMAIN}">\n'
+        f"{NODE} <{', '.join(ATTRIBUTES)}> ({', '.join(INPUTS)}) => (y)\n{{\n" + "\n".join(lines) + "\n}"
+    )
+    proto = onnx.parser.parse_function(text)
+    proto.overload = variant.overload
+    return proto
+
+
+def _scale(variant: Variant) -> list[str]:
+    """s_x [M, 1] and its poisoned twin, NaN for a row with NaN or Inf in it."""
+    lines = [
+        "last_axis = Constant <value_ints = [-1]> ()",
+        "zero = Constant <value_float = 0.0> ()",
+        "smallest = Constant <value_float = 1e-8> ()",
+    ]
+    if variant.act_symmetric:
+        lines += [
+            f"levels = Constant <value_float = {float((1 << (variant.act_bits - 1)) - 1)}> ()",
+            "magnitude = Abs (x_smooth)",
+            "span = ReduceMax <keepdims = 1> (magnitude, last_axis)",
+        ]
+    else:
+        lines += [
+            f"levels = Constant <value_float = {float((1 << variant.act_bits) - 1)}> ()",
+            "x_min = ReduceMin <keepdims = 1> (x_smooth, last_axis)",
+            "x_max = ReduceMax <keepdims = 1> (x_smooth, last_axis)",
+            "low = Min (x_min, zero)",
+            "high = Max (x_max, zero)",
+            "span = Sub (high, low)",
+        ]
+    return [
+        *lines,
+        "ratio = Div (span, levels)",
+        "s_x = Max (ratio, smallest)",
+        "s_rows = Squeeze (s_x, last_axis)",  # [M]
+        # A sum, because a maximum may overlook a NaN; times zero it is 0, or NaN for NaN and Inf.
+        "x_sum = ReduceSum <keepdims = 1> (x_smooth, last_axis)",
+        "poison = Mul (x_sum, zero)",
+        "s_out = Add (s_x, poison)",
+        "s_out_rows = Squeeze (s_out, last_axis)",
+    ]
+
+
+def _quantize_symmetric(body: Body) -> list[str]:
+    """x_q [M, K]. Saturation never acts: |x / s_x| is at most qmax (1 + ε), which rounds to qmax."""
+    if body == "qdq":
+        return [
+            "x_q = QuantizeLinear <axis = 0, output_dtype = 3> (x_smooth, s_rows)",  # int8
+            "x_dq = DequantizeLinear <axis = 0> (x_q, s_out_rows)",
+        ]
+    # Unsigned with zero point 128: on x86, u8 x s8 is eight times as fast as s8 x s8 in ONNX Runtime.
+    return [
+        "x_zero = Constant <value = uint8 {128}> ()",
+        "rows = Shape (s_rows)",
+        "x_zeros = Expand (x_zero, rows)",
+        "x_q = QuantizeLinear <axis = 0> (x_smooth, s_rows, x_zeros)",
+        "x_dq = DequantizeLinear <axis = 0> (x_q, s_out_rows, x_zeros)",
+    ]
+
+
+def _quantize_asymmetric(variant: Variant, body: Body) -> list[str]:
+    """x_q [M, K] and x_zeros [M], unsigned."""
+    lines = [
+        "below = Neg (low)",
+        "z_ratio = Div (below, s_x)",
+        "z_float = Round (z_ratio)",
+        "z_rows = Squeeze (z_float, last_axis)",
+        "x_zeros = Cast <to = 2> (z_rows)",
+        "x_wide = QuantizeLinear <axis = 0> (x_smooth, s_rows, x_zeros)",
+    ]
+    if variant.act_bits < 8:
+        lines += [
+            f"x_top = Constant <value = uint8 {{{(1 << variant.act_bits) - 1}}}> ()",
+            "x_q = Min (x_wide, x_top)",
+        ]
+    else:
+        lines += ["x_q = Identity (x_wide)"]
+    if body == "integer":
+        return [*lines, "x_dq = DequantizeLinear <axis = 0> (x_q, s_out_rows, x_zeros)"]
+    # The poison as a factor of its own: directly between DequantizeLinear and MatMul, ONNX Runtime (1.31) would fuse
+    # the three into a kernel that refuses a zero point per row.
+    return [
+        *lines,
+        "x_clean = DequantizeLinear <axis = 0> (x_q, s_rows, x_zeros)",
+        "one = Constant <value_float = 1.0> ()",
+        "one_or_nan = Add (poison, one)",
+        "x_dq = Mul (x_clean, one_or_nan)",
+    ]
+
+
+def _product_integer(variant: Variant) -> list[str]:
+    """acc [M, N] int32, exact, and product = s_x · scale · acc."""
+    lines = [
+        "weight_int8 = Cast <to = 3> (weight_q)",  # folded when the session loads
+        "weight_kn = Transpose <perm = [1, 0]> (weight_int8)",
+    ]
+    if variant.weight_zero:
+        lines += ["weight_zero_int8 = Cast <to = 3> (weight_zero)"]
+    zero = "weight_zero_int8" if variant.weight_zero else ""
+    if variant.act_symmetric:
+        lines += [f"acc = MatMulInteger (x_q, weight_kn, x_zero{', ' + zero if zero else ''})"]
+    else:
+        # ONNX Runtime takes no zero point per row of A: its part is a rank-1 term, exact in int32.
+        lines += [
+            "weight_wide = Cast <to = 6> (weight_kn)",
+            *(
+                ["zero_wide = Cast <to = 6> (weight_zero_int8)", "centred = Sub (weight_wide, zero_wide)"]
+                if zero
+                else ["centred = Identity (weight_wide)"]
+            ),
+            "first_axis = Constant <value_ints = [0]> ()",
+            "column_sum = ReduceSum <keepdims = 1> (centred, first_axis)",  # [1, N], folded
+            "no_zero = Constant <value = uint8 {0}> ()",
+            f"raw = MatMulInteger (x_q, weight_kn, no_zero{', ' + zero if zero else ''})",
+            "x_zeros_wide = Cast <to = 6> (x_zeros)",
+            "x_zeros_column = Unsqueeze (x_zeros_wide, last_axis)",
+            "offset = Mul (x_zeros_column, column_sum)",
+            "acc = Sub (raw, offset)",
+        ]
+    return [
+        *lines,
+        "acc_float = Cast <to = 1> (acc)",
+        "scaled = Mul (acc_float, weight_scale)",
+        "product = Mul (scaled, s_out)",
+    ]
+
+
+def _product_qdq(variant: Variant) -> list[str]:
+    zero = ", weight_zero" if variant.weight_zero else ""
+    weight = f"weight_dq = DequantizeLinear <axis = 0> (weight_q, weight_scale{zero})"
+    if not variant.act_symmetric:
+        # A Gemm, because ONNX Runtime (1.31) replaces a MatMul of dequantized weights by one that rounds x once more.
+        return [weight, "product = Gemm <transB = 1> (x_dq, weight_dq)"]
+    return [
+        weight,
+        "weight_kn = Transpose <perm = [1, 0]> (weight_dq)",
+        "product = MatMul (x_dq, weight_kn)",
+    ]
+
+
+def _epilogue(variant: Variant, body: Body) -> list[str]:
+    """TQE's term and the bias."""
+    if not variant.tqe:
+        return ["y_rows = Add (product, bias)" if variant.bias else "y_rows = Identity (product)"]
+    lines = ["factor = MatMul (x_dq, alpha)"]  # [M, R], s_x inside
+    if variant.frame_gain:
+        lines += [
+            "row_count = Shape <start = 0, end = 1> (s_rows)",
+            "int_zero = Constant <value_int = 0> ()",
+            "int_one = Constant <value_int = 1> ()",
+            "row_limit = Squeeze (row_count)",
+            "row = Range (int_zero, row_limit, int_one)",
+            "token_frame = Div (row, tokens_per_frame)",
+            "frames = Shape (frame_gain)",
+            "frame = Mod (token_frame, frames)",
+            "gain_rows = Gather (frame_gain, frame)",
+            "gain = Unsqueeze (gain_rows, last_axis)",
+            "gained = Mul (factor, gain)",
+        ]
+    else:
+        lines += ["gained = Identity (factor)"]
+    # One Gemm writes the rank-R term and the bias in a single pass over [M, N].
+    lines += [f"side = Gemm (gained, beta{', bias' if variant.bias else ''})", "y_rows = Add (product, side)"]
+    return lines

@@ -1,0 +1,180 @@
+"""Filling the placeholders of a traced graph: LowBitLinear nodes, plain static Q/DQ, or the full-precision MatMul."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import onnx.checker
+import onnx.helper
+import onnx.numpy_helper
+from onnx import TensorProto
+
+import ml_dtypes
+from qvdit.contract import FrameRows, LowBitLayer, StaticInt8Layer
+from qvdit.contract.layer import Layer
+from qvdit.export.functions import ATTRIBUTES, DOMAIN, INPUTS, NODE, Body, Variant, function
+
+Fill = Callable[[onnx.NodeProto, "GraphEditor"], list[onnx.NodeProto]]
+"""Given a placeholder, the nodes that stand in its place; they read its input and write its output."""
+
+
+FullWeights = tuple[np.ndarray, np.ndarray | None]
+"""Weight [N, K] and bias [N] of a linear in full precision."""
+
+
+class GraphEditor:
+    """Initializers and nodes that a fill adds to a graph."""
+
+    def __init__(self, graph: onnx.GraphProto):
+        self.graph = graph
+
+    def constant(self, name: str, value: np.ndarray, data_type: int | None = None) -> str:
+        """Add an initializer; ``data_type`` INT4 packs an int8 array two values a byte. Returns its name."""
+        if data_type == TensorProto.INT4:
+            value = value.astype(ml_dtypes.int4)
+        tensor = onnx.numpy_helper.from_array(value, name)
+        self.graph.initializer.append(tensor)
+        return name
+
+
+def fill(traced: onnx.ModelProto, fills: dict[str, Fill]) -> onnx.ModelProto:
+    """A copy of the traced graph with every placeholder replaced by its layer's fill."""
+    model = onnx.ModelProto()
+    model.CopyFrom(traced)
+    editor = GraphEditor(model.graph)
+    nodes: list[onnx.NodeProto] = []
+    for node in model.graph.node:
+        if node.domain == DOMAIN:
+            name = onnx.helper.get_attribute_value(node.attribute[0]).decode()
+            nodes += fills[name](node, editor)
+        else:
+            nodes.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return model
+
+
+def quantized_model(
+    traced: onnx.ModelProto, layers: tuple[Layer, ...], body: Body, kept: dict[str, FullWeights] | None = None
+) -> onnx.ModelProto:
+    """The quantized model: LowBitLinear nodes with functions of the given body, or plain Q/DQ for static layers.
+
+    kept: weights of the linears that stay in full precision.
+    """
+    fills = {layer.name: _low_bit(layer) if isinstance(layer, LowBitLayer) else _static(layer, body) for layer in layers}
+    fills |= {name: _plain(*weights) for name, weights in (kept or {}).items()}
+    model = fill(traced, fills)
+    variants = {Variant.of(layer): None for layer in layers if isinstance(layer, LowBitLayer)}
+    model.functions.extend(function(variant, body) for variant in variants)
+    if not variants:  # a static model has no node of ours
+        _drop_domain(model)
+    return model
+
+
+def baseline_model(traced: onnx.ModelProto, weights: dict[str, FullWeights]) -> onnx.ModelProto:
+    """The full-precision model: a MatMul and an Add in every placeholder."""
+    model = fill(traced, {name: _plain(*arrays) for name, arrays in weights.items()})
+    _drop_domain(model)
+    return model
+
+
+def _plain(weight: np.ndarray, bias: np.ndarray | None) -> Fill:
+    def build(node: onnx.NodeProto, editor: GraphEditor) -> list[onnx.NodeProto]:
+        out = node.output[0]
+        transposed = editor.constant(f"{out}:weight", np.ascontiguousarray(weight.T))
+        if bias is None:
+            return [onnx.helper.make_node("MatMul", [node.input[0], transposed], [out])]
+        added = editor.constant(f"{out}:bias", bias)
+        return [
+            onnx.helper.make_node("MatMul", [node.input[0], transposed], [f"{out}:product"]),
+            onnx.helper.make_node("Add", [f"{out}:product", added], [out]),
+        ]
+
+    return build
+
+
+def weight_type(bits: int) -> int:
+    """ONNX has no 3- or 6-bit integers: 2, 3 and 4 bits travel as INT4, 6 and 8 as INT8."""
+    return TensorProto.INT4 if bits <= 4 else TensorProto.INT8
+
+
+def check(path: str) -> None:
+    """onnx.checker's full check, shape inference included, of a file with its external data."""
+    onnx.checker.check_model(path, full_check=True)
+
+
+def _drop_domain(model: onnx.ModelProto) -> None:
+    kept = [opset for opset in model.opset_import if opset.domain != DOMAIN]
+    del model.opset_import[:]
+    model.opset_import.extend(kept)
+
+
+def _low_bit(layer: LowBitLayer) -> Fill:
+    def build(node: onnx.NodeProto, editor: GraphEditor) -> list[onnx.NodeProto]:
+        integers = weight_type(layer.weight_bits)
+        held = {"x": node.input[0]}
+        for name in INPUTS[1:-1]:
+            value = getattr(layer, name)
+            if value is not None:
+                kind = integers if name in ("weight_q", "weight_zero") else None
+                held[name] = editor.constant(f"{layer.name}:{name}", value, kind)
+        before: list[onnx.NodeProto] = []
+        if Variant.of(layer).frame_gain:
+            held["tokens_per_frame"], before = _tokens_per_frame(layer, node.input[0], editor)
+        inputs = [held.get(name, "") for name in INPUTS]
+        while not inputs[-1]:
+            inputs.pop()
+        values = {name: int(getattr(layer, name)) for name in ATTRIBUTES}
+        call = onnx.helper.make_node(
+            NODE, inputs, list(node.output), layer.name, domain=DOMAIN, overload=Variant.of(layer).overload, **values
+        )
+        return [*before, call]
+
+    return build
+
+
+def _tokens_per_frame(layer: LowBitLayer, x: str, editor: GraphEditor) -> tuple[str, list[onnx.NodeProto]]:
+    """P of a layer's input [..., L, K] as a value of the graph, and the nodes that compute it."""
+    assert layer.frame_gain is not None
+    if layer.rows is FrameRows.TEMPORAL:
+        return editor.constant(f"{layer.name}:tokens_per_frame", np.array([1], np.int64)), []
+    length = f"{layer.name}:length"
+    nodes = [onnx.helper.make_node("Shape", [x], [length], start=-2, end=-1)]
+    if layer.rows is FrameRows.SPATIAL:
+        return length, nodes
+    frames = editor.constant(f"{layer.name}:frames", np.array([len(layer.frame_gain)], np.int64))
+    per_frame = f"{layer.name}:tokens_per_frame"
+    return per_frame, [*nodes, onnx.helper.make_node("Div", [length, frames], [per_frame])]
+
+
+def _static(layer: StaticInt8Layer, body: Body) -> Fill:
+    # TensorRT wants signed activations with zero point 0; ONNX Runtime on x86 is eight times as fast with unsigned ones.
+    zero_point = np.int8(0) if body == "qdq" else np.uint8(128)
+
+    def build(node: onnx.NodeProto, editor: GraphEditor) -> list[onnx.NodeProto]:
+        name, x, make = layer.name, node.input[0], onnx.helper.make_node
+        nodes = []
+        if layer.inv_smooth is not None:
+            nodes.append(make("Mul", [x, editor.constant(f"{name}:inv_smooth", layer.inv_smooth)], [f"{name}:smooth"]))
+            x = f"{name}:smooth"
+        act_scale = editor.constant(f"{name}:act_scale", layer.act_scale)
+        act_zero = editor.constant(f"{name}:act_zero", zero_point.reshape(()))
+        # Stored [K, N], as a MatMul reads it: runtimes fuse Q/DQ with a MatMul, seldom across a Transpose.
+        weight = editor.constant(f"{name}:weight_q", np.ascontiguousarray(layer.weight_q.T))
+        weight_scale = editor.constant(f"{name}:weight_scale", layer.weight_scale)
+        weight_zero = editor.constant(f"{name}:weight_zero", np.zeros(len(layer.weight_scale), np.int8))
+        out = node.output[0]
+        product = out if layer.bias is None else f"{name}:product"
+        nodes += [
+            make("QuantizeLinear", [x, act_scale, act_zero], [f"{name}:x_q"]),
+            make("DequantizeLinear", [f"{name}:x_q", act_scale, act_zero], [f"{name}:x_dq"]),
+            make("DequantizeLinear", [weight, weight_scale, weight_zero], [f"{name}:weight_dq"], axis=1),
+            make("MatMul", [f"{name}:x_dq", f"{name}:weight_dq"], [product]),
+        ]
+        if layer.bias is not None:
+            nodes.append(make("Add", [product, editor.constant(f"{name}:bias", layer.bias)], [out]))
+        return nodes
+
+    return build

@@ -1,0 +1,427 @@
+"""The command line: ``qvdit-export``, the one-shot job, and ``qvdit``, its stages and tools."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from qvdit import __version__
+from qvdit.contract import ACT_BITS, WEIGHT_BITS, QvditError
+
+if TYPE_CHECKING:
+    from qvdit.job import Job
+
+console = Console()
+errors = Console(stderr=True)
+
+_BITS = f"wXaY: weights of X in {WEIGHT_BITS} bits, activations of Y in {ACT_BITS} bits."
+
+Model = Annotated[str, typer.Option(help="A diffusers pipeline's folder, or the shipped model wan-shapes.")]
+Out = Annotated[Path, typer.Option(help="The bundle's folder. Finished stages in it are reused.")]
+BitsOption = Annotated[str, typer.Option(help=_BITS)]
+RecipeOption = Annotated[str, typer.Option(help="The method: a recipe's name, or a YAML file. `qvdit doctor` lists them.")]
+Target = Annotated[str, typer.Option(help="What the bundle is for: onnxruntime, or tensorrt.")]
+Prompts = Annotated[Path | None, typer.Option(help="Text file of calibration prompts, one a line [default: shipped].")]
+PromptCount = Annotated[int | None, typer.Option(min=1, help="Prompts to sample [default: 4 on a CPU, 48 on a GPU].")]
+Steps = Annotated[int, typer.Option(min=1, help="Steps of the sampler, for calibration and videos.")]
+Records = Annotated[int, typer.Option(min=1, help="Steps recorded of each calibration trajectory.")]
+Guidance = Annotated[float, typer.Option(help="Classifier-free guidance scale.")]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same bytes.")]
+Device = Annotated[str, typer.Option(help="Where calibration and distillation run: auto, cpu or cuda.")]
+DistillSteps = Annotated[
+    int | None, typer.Option(min=0, help="Distillation budget; 0 is none [default: the recipe's, 0 on a CPU].")
+]
+Rank = Annotated[int | None, typer.Option(help="Rank of TQE's run-time term [default: the recipe's].")]
+LayerBits = Annotated[
+    list[str] | None,
+    typer.Option(help="GLOB=BITS for some layers' weights, 16 keeps them: --layer-bits '*.ffn.*=8'. First match wins."),
+]
+Calibration = Annotated[
+    Path | None, typer.Option(help="Folder of calibration data and statistics, to share between bundles [default: OUT].")
+]
+Videos = Annotated[int, typer.Option(min=1, help="Videos that both models sample for the report.")]
+Threads = Annotated[int, typer.Option(min=1, help="Threads of ONNX Runtime.")]
+Bundle = Annotated[Path, typer.Argument(help="A folder that qvdit-export made.")]
+
+app = typer.Typer(
+    name="qvdit",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Low-bit video diffusion transformers: calibrate, quantize, export, run, prove. "
+    "`qvdit-export` does all of it in one go.",
+)
+
+
+def _stage_command(last: str) -> Callable[..., None]:
+    """A command that runs the job up to a stage."""
+
+    def command(
+        model: Model = "wan-shapes",
+        out: Out = Path("out"),
+        bits: BitsOption = "w4a8",
+        recipe: RecipeOption = "qvdit",
+        target: Target = "onnxruntime",
+        prompts: Prompts = None,
+        prompt_count: PromptCount = None,
+        steps: Steps = 20,
+        records: Records = 8,
+        guidance: Guidance = 2.5,
+        seed: Seed = 0,
+        device: Device = "auto",
+        distill_steps: DistillSteps = None,
+        rank: Rank = None,
+        layer_bits: LayerBits = None,
+        calibration: Calibration = None,
+        videos: Videos = 3,
+        threads: Threads = 2,
+    ) -> None:
+        from qvdit.job import Job, JobSettings
+
+        settings = JobSettings(
+            model=model,
+            out=out,
+            bits=bits,
+            recipe=recipe,
+            target=target,
+            prompts=prompts,
+            prompt_count=prompt_count,
+            steps=steps,
+            records=records,
+            guidance=guidance,
+            seed=seed,
+            device=device,
+            distillation_steps=distill_steps,
+            rank=rank,
+            layer_bits=_layer_bits(layer_bits or []),
+            calibration=calibration,
+            videos=videos,
+            threads=threads,
+        )
+        with _progress() as observe:
+            job = Job(settings, observe)
+            job.run(last)
+        _say_result(job, last)
+
+    return command
+
+
+_export = _stage_command("quality")
+_export.__doc__ = """Quantize a trained video DiT and export it as a proven bundle: the whole job in one command.
+
+    calibrate → statistics → quantize → trace → export → parity → speed → quality → report
+
+    Example:  qvdit-export --target onnxruntime --bits w4a8 --out out/w4a8
+
+    A killed job goes on where it stopped when it is started again. The result: OUT/onnx (models), OUT/quantized
+    (checkpoint), OUT/report.html (look at this), OUT/report.json, OUT/manifest.json.
+    """
+for _name, _last, _help in (
+    ("calibrate", "statistics", "Sample the full-precision model, record its inputs and collect statistics."),
+    ("quantize", "quantize", "Everything up to the quantized checkpoint in OUT/quantized."),
+    ("export", "export", "Everything up to the ONNX files in OUT/onnx."),
+):
+    app.command(_name, help=_help)(_stage_command(_last))
+
+
+@app.command()
+def run(
+    bundle: Bundle,
+    out: Annotated[Path, typer.Option(help="The video to write: .webp (lossless), .gif, or .safetensors for latents.")],
+    model: Model = "wan-shapes",
+    prompt: Annotated[str, typer.Option(help="What to sample.")] = (
+        "a red circle moving right on a black background"
+    ),
+    steps: Steps = 20,
+    guidance: Guidance = 2.5,
+    seed: Seed = 0,
+    threads: Threads = 2,
+) -> None:
+    """Sample a video with a bundle's quantized model in its pipeline, on ONNX Runtime."""
+    import qvdit.runtimes
+    from qvdit.method.calibration import sample
+    from qvdit.models.loading import find_model
+    from qvdit.videos import check_suffix, write_video
+
+    check_suffix(out)
+    source = find_model(model)
+    transformer = qvdit.runtimes.load(bundle, threads)
+    if transformer.manifest.source != source.fingerprint:
+        raise QvditError(f"--model {model}", f"the model of this bundle ({transformer.manifest.model})", "check --model")
+    with console.status("loading"):
+        pipeline = source.load()
+    pipeline.transformer = transformer
+    with console.status(f"sampling {steps} steps"):
+        try:
+            video = sample(pipeline, [prompt], steps, guidance, [seed])
+        except ValueError as error:
+            raise QvditError(f"{error}", "a prompt the model knows", "check --prompt") from None
+    write_video(video, out)
+    console.print(f"wrote {out}", soft_wrap=True)
+
+
+@app.command()
+def parity(bundle: Bundle, threads: Threads = 2) -> None:
+    """Check a bundle against the reference run it carries: every layer's integers, then the whole model. No PyTorch."""
+    from qvdit.contract.bundle import verify
+    from qvdit.runtimes.parity import check_bundle
+
+    verify(bundle)
+    layers, model = check_bundle(bundle, threads)
+    table = Table("layer", "x_q differ", "acc differ", "relative error")
+    for layer in layers:
+        if layer.xq_mismatches or layer.acc_mismatches:
+            table.add_row(layer.name, str(layer.xq_mismatches), str(layer.acc_mismatches), f"{layer.rel_err:.1e}")
+    wrong = table.row_count
+    if wrong:
+        console.print(table)
+    console.print(f"layers: {len(layers)} compared, {wrong} with integers that differ")
+    console.print(
+        f"model: relative error {model.rel_err:.2e} to PyTorch's quantized model, cosine {model.cosine:.6f}, "
+        f"error against full precision {model.error_ratio:.3f} of the reference's",
+        soft_wrap=True,
+    )
+    raise typer.Exit(1 if wrong or not 0.9 <= model.error_ratio <= 1.1 else 0)
+
+
+@app.command()
+def inspect(bundle: Bundle) -> None:
+    """Tell what a bundle holds: model, recipe, bits, sizes, every quantized layer."""
+    from qvdit.contract import checkpoint
+    from qvdit.contract.bundle import verify
+    from qvdit.contract.layer import WeightSize
+
+    manifest = verify(bundle)
+    layers = checkpoint.load(bundle / "quantized").layers
+    size = WeightSize.of(layers)
+    console.print(f"{manifest.model} ({manifest.class_name}), recipe {manifest.recipe}, {manifest.bits}")
+    console.print(
+        f"quantized weights: {size.quantized_bytes:,} bytes, {size.effective_bits:.2f} bits each with everything stored "
+        f"({size.nominal_bits:.2f} nominal), {size.quantized_bytes / size.fp16_bytes:.3f} of FP16",
+        soft_wrap=True,
+    )
+    for name in manifest.files:
+        console.print(f"  {name}  {(bundle / name).stat().st_size:,} bytes  sha256 ok")
+    table = Table("layer", "N x K", "bits", "rank", "kind")
+    for layer in layers:
+        bits = f"w{layer.weight_bits}a{layer.act_bits}"
+        table.add_row(layer.name, f"{layer.shape[0]} x {layer.shape[1]}", bits, str(layer.rank), layer.kind)
+    console.print(table)
+
+
+@app.command()
+def doctor() -> None:
+    """Tell what this machine has for each target, and what is missing."""
+    import torch
+
+    from qvdit.method import recipe as recipes
+    from qvdit.runtimes.onnxruntime import saturates
+    from qvdit.system import missing_for_tensorrt, tool_versions
+
+    for name, version in tool_versions().items():
+        console.print(f"{name} {version}")
+    console.print(f"recipes: {', '.join(recipes.names())}", soft_wrap=True)
+    console.print(f"cuda: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU that PyTorch can see'}")
+    slow = "no VNNI: 8-bit products run unsigned, exact but slower" if saturates() else "fast 8-bit products"
+    console.print(f"onnxruntime target: ready, {slow}")
+    missing = missing_for_tensorrt()
+    console.print(f"tensorrt target: {'ready' if missing is None else f'no engine can be built here: {missing}'}")
+
+
+@app.command()
+def compare(
+    out: Out = Path("out/compare"),
+    model: Model = "wan-shapes",
+    recipes: Annotated[str, typer.Option(help="Recipes, separated by commas.")] = "rtn,qvdit",
+    bits: Annotated[str, typer.Option(help="Bit widths, separated by commas.")] = "w4a8,w3a6,w2a6",
+    videos: Annotated[int, typer.Option(min=2, help="Fresh prompts to sample with every cell.")] = 256,
+    prompt_count: PromptCount = None,
+    steps: Steps = 20,
+    records: Records = 10,
+    guidance: Guidance = 2.5,
+    seed: Seed = 0,
+    device: Device = "auto",
+    distill_steps: DistillSteps = None,
+    batch: Annotated[int, typer.Option(min=1, help="Videos sampled at once.")] = 64,
+) -> None:
+    """Compare recipes and bit widths on the same data, prompts and noise; writes OUT/quality.json and prints a table."""
+    from datetime import date
+
+    import torch
+
+    from qvdit import compare as comparison
+    from qvdit.contract import Bits
+    from qvdit.contract.files import write_json
+    from qvdit.job import Job, JobSettings, shipped_prompts
+    from qvdit.method.calibration import read_prompts
+    from qvdit.quality import Trial
+    from qvdit.system import tool_versions
+
+    settings = JobSettings(
+        model=model, out=out, prompt_count=prompt_count, steps=steps, records=records, seed=seed, device=device
+    )
+    job = Job(settings)
+    trial = Trial.fresh(videos, 2026 + seed, steps, guidance, read_prompts(shipped_prompts()))
+    widths = tuple(Bits.parse(text) for text in bits.split(","))
+    chosen = tuple(recipes.split(","))
+    task = comparison.Comparison(
+        job.source, chosen, widths, job.plan, trial, job.device, distill_steps, batch, seed
+    )
+    cells = comparison.run(task, out / "work", lambda text: errors.print(f"[dim]{text}[/dim]"))
+    name = torch.cuda.get_device_name() if job.device == "cuda" else "cpu"
+    write_json(
+        out / "quality.json",
+        {
+            "command": " ".join(["qvdit", *sys.argv[1:]]),
+            "versions": tool_versions(),
+            "device": name,
+            "date": date.today().isoformat(),
+            "videos": videos,
+            "cells": cells,
+        },
+    )
+    table = Table("recipe", "bits", "effective", "distilled", "scene", "PSNR dB")
+    for cell in cells:
+        metrics = cell["metrics"]
+        scene, psnr = metrics.get("scene_consistency"), metrics.get("psnr_db")
+        table.add_row(
+            cell["recipe"],
+            cell["bits"],
+            f"{cell['effective_weight_bits']:.2f}",
+            str(cell["distillation_steps"]),
+            f"{scene['mean']:.3f} ± {scene['sem']:.3f}" if scene else "",
+            f"{psnr['mean']:.2f} ± {psnr['sem']:.2f}" if psnr else "",
+        )
+    console.print(table)
+
+
+# Running it --------------------------------------------------------------------------------------------------------
+
+
+def _layer_bits(options: list[str]) -> dict[str, int]:
+    parsed = {}
+    for option in options:
+        glob, _, bits = option.rpartition("=")
+        if not glob or not bits.isdigit():
+            raise QvditError(f"--layer-bits {option!r}", "GLOB=BITS", "for example --layer-bits '*.ffn.*=8'")
+        parsed[glob] = int(bits)
+    return parsed
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], Any]]:
+    """A bar for every stage, one below the other."""
+    columns = (SpinnerColumn(), TextColumn("{task.description:<11}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bars:
+
+        @contextmanager
+        def observe(stage: str) -> Iterator[Callable[[int, int], None]]:
+            task = bars.add_task(stage, total=None)
+            yield lambda done, total: bars.update(task, completed=done, total=total)
+            bars.update(task, completed=1, total=1)
+
+        yield observe
+
+
+def _say_result(job: Job, last: str) -> None:
+    out = job.out
+    reused = [name for name, cost in {**job.calibration_stages.costs, **job.stages.costs}.items() if cost.reused]
+    if reused:
+        console.print(f"reused: {', '.join(reused)}", soft_wrap=True)
+    if last == "quality":
+        _say_report(json.loads((out / "report.json").read_text()))
+        console.print(f"look at {out / 'report.html'}", soft_wrap=True)
+    else:
+        console.print(f"done: {out}", soft_wrap=True)
+    if job.settings.target == "tensorrt" and last in ("export", "quality"):
+        _refuse_engine(job)
+
+
+def _say_report(report: dict[str, Any]) -> None:
+    parity_, size, speed, quality = (report[name] for name in ("parity", "size", "speed", "quality"))
+    console.print(
+        f"parity   {parity_['layers_compared']} of {parity_['layers_total']} layers compared, "
+        f"{parity_['xq_mismatches']} + {parity_['acc_mismatches']} integers differ, "
+        f"error ratio {parity_['error_ratio']:.3f}"
+    )
+    console.print(
+        f"size     {size['ratio']:.3f} of FP16, {size['effective_weight_bits']:.2f} bits a weight with everything stored"
+    )
+    console.print(
+        f"speed    forward {speed['fp32_ms']:.0f} → {speed['quantized_ms']:.0f} ms, "
+        f"a 1152 x 4608 linear {speed['linear_fp32_ms']:.0f} → {speed['linear_quantized_ms']:.0f} ms"
+    )
+    if quality["psnr_db"] is not None:
+        full, low = quality["fp"]["scene_consistency"], quality["quantized"]["scene_consistency"]
+        console.print(f"quality  PSNR {quality['psnr_db']:.1f} dB, scene consistency {full:.3f} → {low:.3f}")
+
+
+def _refuse_engine(job: Job) -> None:
+    """Say what is missing for an engine. Engines are not built by this version."""
+    from qvdit.system import missing_for_tensorrt
+
+    missing = missing_for_tensorrt() or "a version of qvdit without the engine builder"
+    static = job.recipe.kind == "static"
+    fix = (
+        f"copy {job.out} to a machine with TensorRT >= 10 and run: trtexec --onnx={job.out}/onnx/model.onnx"
+        if static
+        else f"everything up to the engine is in {job.out}; its LowBitLinear nodes need the plugin, which this version "
+        "does not have yet: use --target onnxruntime, or --recipe int8-static --bits w8a8, whose ONNX needs none"
+    )
+    raise QvditError(missing, "TensorRT and a GPU to build an engine", fix)
+
+
+def _quiet() -> None:
+    """Libraries' chatter is not the user's: our own words are enough."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is ever fetched
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not os.environ.get("QVDIT_DEBUG"):
+        warnings.simplefilter("ignore")
+        for name in ("diffusers", "transformers", "torch", "modelopt"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _guarded(command: Callable[[], Any]) -> None:
+    """Run a command; a user's error is one line and exit status 2."""
+    _quiet()
+    try:
+        command()
+    except QvditError as error:
+        errors.print(f"error: {error}", style="red", soft_wrap=True, highlight=False, markup=False)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        errors.print("stopped; run the same command again to go on", soft_wrap=True)
+        sys.exit(130)
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        console.print(f"qvdit {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point of ``qvdit``."""
+    _guarded(app)
+
+
+def main_export() -> None:
+    """Entry point of ``qvdit-export``."""
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    single.command(help=_export.__doc__)(_export)
+    _guarded(single)

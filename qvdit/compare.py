@@ -1,0 +1,119 @@
+"""Comparing recipes fairly: the same calibration data, prompts and noise for every recipe and bit width.
+
+Every cell of the table is saved as it is done, so that an interrupted comparison goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from qvdit.contract import Bits
+from qvdit.contract.files import read_json, write_atomic, write_json
+from qvdit.contract.layer import WeightSize
+from qvdit.method import calibration, quantization, recipe, statistics
+from qvdit.method.reference import quantized_transformer
+from qvdit.models.loading import SourceModel
+from qvdit.quality import Trial, means_and_errors, measurements, sample_trial
+from qvdit.reference import measure
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What to compare."""
+
+    model: SourceModel
+    recipes: tuple[str, ...]
+    bits: tuple[Bits, ...]
+    plan: calibration.CalibrationPlan
+    trial: Trial
+    device: str
+    distillation_steps: int | None  # None: what each recipe says for the device
+    batch: int  # videos sampled at once
+    seed: int
+
+
+def run(comparison: Comparison, folder: Path, say: Say) -> list[dict[str, Any]]:
+    """Fill the table; returns its cells, full precision (recipe ``fp``) first."""
+    pipeline = comparison.model.load(comparison.device)
+    adapter, full = comparison.model.adapter, pipeline.transformer
+    say("calibration")
+    data = calibration.record(pipeline, adapter, comparison.plan, folder / "calibration")
+    sites = adapter.sites(full)
+    stats = statistics.collect(full, sites, data, folder / "statistics.safetensors")
+    say("full precision")
+    reference = _reference_videos(pipeline, comparison, folder / "fp.safetensors")
+    cells = [_cell(comparison, "fp", None, None, 0.0, reference, reference)]
+    for bits in comparison.bits:
+        for name in comparison.recipes:
+            path = folder / "cells" / f"{name}-{bits}-{_budget(comparison, name)}.json"
+            if not path.is_file():
+                say(f"{name} {bits}")
+                write_json(path, _measure(pipeline, comparison, stats, data, name, bits, reference))
+                pipeline.transformer = full
+            cells.append(read_json(path, "a cell of the comparison"))
+    return cells
+
+
+def _budget(comparison: Comparison, name: str) -> int:
+    return recipe.load(name).distillation_steps(comparison.device, comparison.distillation_steps)
+
+
+def _reference_videos(pipeline: Any, comparison: Comparison, path: Path) -> torch.Tensor:
+    if not path.is_file():
+        videos = sample_trial(pipeline, comparison.trial, comparison.batch)
+        write_atomic(path, lambda temporary: save_file({"videos": videos.contiguous()}, temporary))
+    return load_file(path)["videos"]
+
+
+def _measure(
+    pipeline: Any,
+    comparison: Comparison,
+    stats: statistics.Statistics,
+    data: calibration.CalibrationData,
+    name: str,
+    bits: Bits,
+    reference: torch.Tensor,
+) -> dict[str, Any]:
+    started = time.monotonic()
+    steps = _budget(comparison, name)
+    job = quantization.QuantizationJob(recipe.load(name), bits, steps, comparison.seed)
+    layers = quantization.quantize(pipeline.transformer, comparison.model.adapter, stats, data, job)
+    seconds = time.monotonic() - started
+    pipeline.transformer = quantized_transformer(pipeline.transformer, layers)
+    videos = sample_trial(pipeline, comparison.trial, comparison.batch)
+    cell = _cell(comparison, name, bits, WeightSize.of(layers), seconds, videos, reference)
+    return {**cell, "distillation_steps": steps}
+
+
+def _cell(
+    comparison: Comparison,
+    name: str,
+    bits: Bits | None,
+    size: WeightSize | None,
+    seconds: float,
+    videos: torch.Tensor,
+    reference: torch.Tensor,
+) -> dict[str, Any]:
+    values = measurements(videos, comparison.trial)
+    if videos is not reference:
+        values["psnr_db"] = measure.psnr(videos, reference)
+    return {
+        "model": comparison.model.name,
+        "recipe": name,
+        "bits": "fp32" if bits is None else str(bits),
+        "regime": "uniform",
+        "nominal_weight_bits": 32.0 if size is None else size.nominal_bits,
+        "effective_weight_bits": 32.0 if size is None else size.effective_bits,
+        "seconds": round(seconds, 1),
+        "distillation_steps": 0,
+        "metrics": means_and_errors(values),
+    }

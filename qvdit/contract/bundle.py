@@ -1,0 +1,67 @@
+"""The folder that an export leaves: its manifest, and the check that its files are what the manifest says."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qvdit.contract.errors import QvditError
+from qvdit.contract.files import inside, read_json, sha256, write_json
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+QDQ_MODEL, ORT_MODEL = "onnx/model.onnx", "onnx/model.ort.onnx"
+BASELINE_MODEL = "onnx/baseline.onnx"
+PARITY_INPUTS, PARITY_REFERENCE = "parity/inputs.safetensors", "parity/reference.safetensors"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a bundle is. It holds no time and no path, so that the same job gives the same bytes."""
+
+    model: str  # name of the source model
+    source: str  # fingerprint of the source transformer
+    family: str  # of the model adapter
+    class_name: str  # of diffusers
+    source_config: dict[str, Any]  # of the transformer
+    recipe: str
+    bits: str
+    target: str
+    inputs: dict[str, list[Any]]  # input name → dimensions, a name where dynamic
+    frames: int  # T
+    versions: dict[str, str]  # of the tools that made it
+    files: dict[str, str]  # path inside the bundle → sha256
+    schema: int = SCHEMA
+
+
+def write_manifest(bundle: Path, manifest: Manifest) -> None:
+    """Write a bundle's manifest; do it last."""
+    write_json(bundle / MANIFEST, dataclasses.asdict(manifest))
+
+
+def read_manifest(bundle: Path) -> Manifest:
+    """Read a bundle's manifest without looking at the files it names."""
+    if not bundle.is_dir():
+        raise QvditError(f"no folder {bundle}", "a bundle that qvdit-export made", "check the path")
+    content = read_json(bundle / MANIFEST, "a bundle's manifest.json")
+    names = {field.name for field in dataclasses.fields(Manifest)}
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA or set(content) != names:
+        raise QvditError(f"{bundle / MANIFEST} of another version", f"schema {SCHEMA}", "export the model again")
+    return Manifest(**content)
+
+
+def verify(bundle: Path) -> Manifest:
+    """Read the manifest and compare the sha256 of every file it names."""
+    manifest = read_manifest(bundle)
+    for name, expected in manifest.files.items():
+        path = inside(bundle, name)
+        if not path.is_file():
+            raise QvditError(f"a bundle without {name}", "every file that its manifest names", "export or copy it again")
+        found = sha256(path)
+        if found != expected:
+            raise QvditError(
+                f"{path} with sha256 {found[:12]}…", f"{expected[:12]}… as its manifest says", "export or copy it again"
+            )
+    return manifest

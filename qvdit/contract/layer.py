@@ -1,0 +1,131 @@
+"""Frozen layers: everything a runtime needs to execute one quantized linear.
+
+Symbols: K input features, N output features, R rank, T frames, M rows of an input flattened to [M, K].
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum
+from typing import ClassVar
+
+import numpy as np
+
+ROW_PAD = 32  # a packed row is padded to a multiple of this many values
+
+
+class FrameRows(str, Enum):
+    """How the rows of a layer's input [..., L, K] relate to frames: row m is of frame (m // P) mod T."""
+
+    NONE = "none"  # the rows are not video tokens, or the layer has no frame gain
+    SEQUENCE = "sequence"  # [B, T·P, K]: full 3D attention (Wan); P = L / T
+    SPATIAL = "spatial"  # [B·T, P, K]: spatial attention (Latte); P = L
+    TEMPORAL = "temporal"  # [B·S, T, K]: temporal attention (Latte); P = 1
+
+    def tokens_per_frame(self, length: int, frames: int) -> int:
+        """P for an input of L = ``length`` rows in its second to last dimension and T = ``frames``."""
+        return {"none": 1, "sequence": length // frames, "spatial": length, "temporal": 1}[self.value]
+
+
+@dataclass(frozen=True)
+class LowBitLayer:
+    """One ``LowBitLinear``: low-bit weights, activations quantized per token at run time, TQE.
+
+    y = s_x · scale · Σ (x_q - z_x)(weight_q - weight_zero) + gain[frame] · (s_x Σ (x_q - z_x) alpha) · beta + bias
+    """
+
+    kind: ClassVar[str] = "low_bit"
+
+    name: str
+    weight_bits: int
+    act_bits: int
+    act_symmetric: bool
+    rows: FrameRows
+    weight_q: np.ndarray  # int8 [N, K], in -2^(b-1) … 2^(b-1) - 1
+    weight_scale: np.ndarray  # float32 [N]
+    weight_zero: np.ndarray | None = None  # int8 [N]
+    bias: np.ndarray | None = None  # float32 [N]
+    inv_smooth: np.ndarray | None = None  # float32 [K]
+    alpha: np.ndarray | None = None  # float32 [K, R]
+    beta: np.ndarray | None = None  # float32 [R, N]
+    frame_gain: np.ndarray | None = None  # float32 [T]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return self.weight_q.shape[0], self.weight_q.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """R of the run-time TQE term."""
+        return 0 if self.alpha is None else int(self.alpha.shape[1])
+
+    def stored_bits(self) -> int:
+        """Bits of everything stored for the layer, padding included, bias aside."""
+        n, k = self.shape
+        k_pad = -(-k // ROW_PAD) * ROW_PAD
+        zero = 0 if self.weight_zero is None else 8 * n
+        others = (self.weight_scale, self.inv_smooth, self.alpha, self.beta, self.frame_gain)
+        return n * k_pad * self.weight_bits + zero + sum(32 * a.size for a in others if a is not None)
+
+
+@dataclass(frozen=True)
+class StaticInt8Layer:
+    """A linear with calibrated per-tensor activation scale and per-channel weights: plain INT8 Q/DQ.
+
+    y = act_scale · weight_scale · Σ x_q weight_q + bias,  x_q = clamp(round(x · inv_smooth / act_scale), -128, 127)
+    """
+
+    kind: ClassVar[str] = "static_int8"
+    weight_bits: ClassVar[int] = 8
+    act_bits: ClassVar[int] = 8
+    rank: ClassVar[int] = 0
+
+    name: str
+    weight_q: np.ndarray  # int8 [N, K], in -127 … 127
+    weight_scale: np.ndarray  # float32 [N]
+    act_scale: np.ndarray  # float32 []
+    bias: np.ndarray | None = None  # float32 [N]
+    inv_smooth: np.ndarray | None = None  # float32 [K]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return self.weight_q.shape[0], self.weight_q.shape[1]
+
+    def stored_bits(self) -> int:
+        """Bits of everything stored for the layer, bias aside."""
+        others = (self.weight_scale, self.act_scale, self.inv_smooth)
+        return 8 * self.weight_q.size + sum(32 * a.size for a in others if a is not None)
+
+
+Layer = LowBitLayer | StaticInt8Layer
+
+
+def arrays(layer: Layer) -> dict[str, np.ndarray]:
+    """The arrays a layer holds, by field name; absent ones are left out."""
+    fields = ((f.name, getattr(layer, f.name)) for f in dataclasses.fields(layer))
+    return {name: value for name, value in fields if isinstance(value, np.ndarray)}
+
+
+@dataclass(frozen=True)
+class WeightSize:
+    """What the quantized linears of a model take, bias aside."""
+
+    weights: int  # how many
+    fp16_bytes: int
+    quantized_bytes: int
+    nominal_bits: float  # mean of the layers' weight bits
+    effective_bits: float  # everything stored / number of weights
+
+    @staticmethod
+    def of(layers: Iterable[Layer]) -> WeightSize:
+        """Add up a model's layers."""
+        layers = list(layers)
+        counts = [layer.shape[0] * layer.shape[1] for layer in layers]
+        stored = sum(layer.stored_bits() for layer in layers)
+        total = sum(counts)
+        nominal = sum(c * layer.weight_bits for c, layer in zip(counts, layers, strict=True))
+        return WeightSize(total, 2 * total, -(-stored // 8), nominal / max(total, 1), stored / max(total, 1))

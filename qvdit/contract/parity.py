@@ -1,0 +1,147 @@
+"""Comparing a runtime with the PyTorch reference: integers for equality, floats by their error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from qvdit.contract.bundle import PARITY_INPUTS, PARITY_REFERENCE
+from qvdit.contract.errors import QvditError
+from qvdit.contract.files import write_atomic
+
+
+@dataclass(frozen=True)
+class LayerOutputs:
+    """What one layer computed. M rows, flattened."""
+
+    x_q: np.ndarray  # int32 [M, K], as the operator defines it: signed if symmetric, unsigned if not
+    acc: np.ndarray | None  # int64 [M, N]; None for static layers, whose runtime kernels do not show it
+    y: np.ndarray  # float32 [..., N]
+
+
+@dataclass(frozen=True)
+class LayerReference:
+    """One layer of the PyTorch reference: its own input and what it made of it."""
+
+    name: str
+    x: np.ndarray  # float32 [..., K]
+    tokens_per_frame: int
+    outputs: LayerOutputs
+
+
+@dataclass(frozen=True)
+class LayerParity:
+    """How one layer compares."""
+
+    name: str
+    xq_compared: int
+    xq_mismatches: int
+    acc_compared: int
+    acc_mismatches: int
+    rel_err: float  # ‖y - y_reference‖ / ‖y_reference‖
+
+
+@dataclass(frozen=True)
+class ModelParity:
+    """How whole models compare: runtime r, quantized reference q, full precision f."""
+
+    rel_err: float  # ‖r - q‖ / ‖q‖
+    cosine: float  # of r and q
+    error_runtime: float  # ‖r - f‖ / ‖f‖
+    error_reference: float  # ‖q - f‖ / ‖f‖
+
+    @property
+    def error_ratio(self) -> float:
+        """The runtime's error against full precision over the reference's: 1 is parity."""
+        return self.error_runtime / max(self.error_reference, 1e-30)
+
+
+def relative_error(value: np.ndarray, reference: np.ndarray) -> float:
+    """‖value - reference‖ / ‖reference‖ in float64."""
+    difference = np.linalg.norm(value.astype(np.float64) - reference.astype(np.float64))
+    return float(difference / max(np.linalg.norm(reference.astype(np.float64)), 1e-30))
+
+
+def compare_layer(reference: LayerReference, found: LayerOutputs) -> LayerParity:
+    """Compare one layer; shapes that differ count as all different."""
+    expected = reference.outputs
+    acc_compared = acc_mismatches = 0
+    if expected.acc is not None and found.acc is not None:
+        acc_compared, acc_mismatches = expected.acc.size, _differing(found.acc, expected.acc)
+    return LayerParity(
+        name=reference.name,
+        xq_compared=expected.x_q.size,
+        xq_mismatches=_differing(found.x_q, expected.x_q),
+        acc_compared=acc_compared,
+        acc_mismatches=acc_mismatches,
+        rel_err=relative_error(found.y, expected.y),
+    )
+
+
+def compare_models(runtime: np.ndarray, quantized: np.ndarray, full: np.ndarray) -> ModelParity:
+    """Compare outputs of whole models on the same input."""
+    r, q = runtime.astype(np.float64).ravel(), quantized.astype(np.float64).ravel()
+    cosine = float(r @ q / max(np.linalg.norm(r) * np.linalg.norm(q), 1e-30))
+    return ModelParity(
+        rel_err=relative_error(runtime, quantized),
+        cosine=cosine,
+        error_runtime=relative_error(runtime, full),
+        error_reference=relative_error(quantized, full),
+    )
+
+
+def _differing(found: np.ndarray, expected: np.ndarray) -> int:
+    if found.size != expected.size:
+        return expected.size
+    return int(np.count_nonzero(found.ravel() != expected.ravel()))
+
+
+@dataclass(frozen=True)
+class SavedParity:
+    """A reference run on disk, so that a device without PyTorch can check itself."""
+
+    inputs: dict[str, np.ndarray]  # of the model, float32
+    quantized: np.ndarray  # the reference's output
+    full: np.ndarray  # full precision's output
+    layers: tuple[LayerReference, ...]
+
+
+def save_reference(saved: SavedParity, bundle: Path) -> None:
+    """Write a reference run into a bundle. Inputs must be FP16-representable: they are stored so."""
+    inputs = {f"model:{name}": value.astype(np.float16) for name, value in saved.inputs.items()}
+    reference = {"model:quantized": saved.quantized, "model:full": saved.full}
+    for layer in saved.layers:
+        inputs[f"layer:{layer.name}:x"] = layer.x.astype(np.float16)
+        reference[f"layer:{layer.name}:tokens_per_frame"] = np.array(layer.tokens_per_frame, np.int64)
+        reference[f"layer:{layer.name}:x_q"] = layer.outputs.x_q.astype(np.int16)
+        reference[f"layer:{layer.name}:y"] = layer.outputs.y
+        if layer.outputs.acc is not None:
+            reference[f"layer:{layer.name}:acc"] = layer.outputs.acc.astype(np.int32)
+    for name, tensors in ((PARITY_INPUTS, inputs), (PARITY_REFERENCE, reference)):
+        contiguous = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
+        write_atomic(bundle / name, lambda temporary, t=contiguous: save_file(t, temporary))
+
+
+def load_reference(bundle: Path) -> SavedParity:
+    """Read a bundle's reference run."""
+    try:
+        inputs, reference = load_file(bundle / PARITY_INPUTS), load_file(bundle / PARITY_REFERENCE)
+    except FileNotFoundError as error:
+        raise QvditError(f"no file {error.filename}", "the bundle's parity files", "export the model again") from None
+    layers = []
+    for key, x in inputs.items():
+        if key.startswith("layer:"):
+            prefix = key.removesuffix(":x")
+            acc = reference.get(f"{prefix}:acc")
+            outputs = LayerOutputs(
+                reference[f"{prefix}:x_q"].astype(np.int32),
+                None if acc is None else acc.astype(np.int64),
+                reference[f"{prefix}:y"],
+            )
+            per_frame = int(reference[f"{prefix}:tokens_per_frame"])
+            layers.append(LayerReference(prefix.removeprefix("layer:"), x.astype(np.float32), per_frame, outputs))
+    model = {key.removeprefix("model:"): v.astype(np.float32) for key, v in inputs.items() if key.startswith("model:")}
+    return SavedParity(model, reference["model:quantized"], reference["model:full"], tuple(layers))

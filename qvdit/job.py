@@ -1,0 +1,391 @@
+"""The main job: a trained video DiT in, a proven quantized bundle out, stage by stage."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import date
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qvdit.contract import Bits, QvditError, checkpoint
+from qvdit.contract.bundle import MANIFEST, ORT_MODEL, QDQ_MODEL, Manifest, write_manifest
+from qvdit.contract.files import read_json, sha256, write_json
+from qvdit.contract.layer import Layer, WeightSize
+from qvdit.method import calibration, quantization, statistics
+from qvdit.method import recipe as recipes
+from qvdit.method.calibration import Progress, no_progress
+from qvdit.models.loading import SourceModel, find_model
+from qvdit.stages import Stages
+from qvdit.system import tool_versions
+
+STAGES = ("calibrate", "statistics", "quantize", "trace", "export", "parity", "speed", "quality")
+TARGETS = ("onnxruntime", "tensorrt")
+
+Observe = Callable[[str], Any]
+"""Called with a stage's name; returns a context manager that gives the stage's progress callback."""
+
+
+@contextmanager
+def unobserved(_: str) -> Iterator[Progress]:
+    """Show nothing."""
+    yield no_progress
+
+
+@dataclass(frozen=True)
+class JobSettings:
+    """Everything a user may choose; the defaults run the shipped model on two cores in under three minutes."""
+
+    model: str = "wan-shapes"
+    out: Path = Path("out")
+    bits: str = "w4a8"
+    recipe: str = "qvdit"
+    target: str = "onnxruntime"
+    prompts: Path | None = None  # a text file; the shipped prompts of the reference world when absent
+    prompt_count: int | None = None  # how many of them to sample; by device when absent
+    steps: int = 20
+    records: int = 8
+    guidance: float = 2.5
+    seed: int = 0
+    device: str = "auto"
+    distillation_steps: int | None = None
+    rank: int | None = None
+    layer_bits: dict[str, int] = field(default_factory=dict)
+    calibration: Path | None = None  # folder for calibration data and statistics, to share between bundles
+    videos: int = 3  # sampled by both models for the report
+    threads: int = 2
+
+
+class Job:
+    """One model on its way to one bundle. Every stage can be run again; what is finished is reused."""
+
+    def __init__(self, settings: JobSettings, observe: Observe = unobserved):
+        self.settings, self.observe = settings, observe
+        self.bits = Bits.parse(settings.bits)
+        self.recipe = self._recipe()
+        if settings.target not in TARGETS:
+            raise QvditError(f"--target {settings.target!r}", f"one of {', '.join(TARGETS)}", "check --target")
+        self.device = _device(settings.device)
+        self.source: SourceModel = find_model(settings.model)
+        self.plan = self._plan()
+        self.out = settings.out
+        self.work = self.out / "work"
+        self._claim_output()
+        self.calibration_folder = settings.calibration or self.work
+        self.stages = Stages(self.work / "stages", self.out)
+        self.calibration_stages = (
+            Stages(settings.calibration / "stages", settings.calibration) if settings.calibration else self.stages
+        )
+
+    # What the stages share -------------------------------------------------------------------------------------------
+
+    @cached_property
+    def pipeline(self) -> Any:
+        """The full-precision pipeline, loaded when a stage first needs it."""
+        return self.source.load(self.device)
+
+    @property
+    def sites(self) -> list[Any]:
+        """The linears that may be quantized."""
+        return self.source.adapter.sites(self.pipeline.transformer)
+
+    @property
+    def data(self) -> calibration.CalibrationData:
+        """The calibration shards."""
+        folder = self.calibration_folder / "calibration"
+        return calibration.CalibrationData(
+            tuple(folder / f"shard-{index:05d}.safetensors" for index in range(len(self.plan.prompts)))
+        )
+
+    @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """The frozen layers, read back from the checkpoint."""
+        return checkpoint.load(self.out / "quantized").layers
+
+    def example(self) -> dict[str, torch.Tensor]:
+        """A guided pass in the middle of a trajectory, FP16-representable: batch of 2."""
+        batches = list(calibration.CalibrationData(self.data.shards[:1]).batches())
+        batch = batches[len(batches) // 2]
+        # A pipeline that makes its two passes one after the other leaves them as two records of one step.
+        return {name: tensor[:2].half().float() for name, tensor in batch.items()}
+
+    # The stages ------------------------------------------------------------------------------------------------------
+
+    def run(self, last: str = "quality") -> None:
+        """Run the stages up to ``last``, reusing what is finished."""
+        for name in STAGES[: STAGES.index(last) + 1]:
+            with self.observe(name) as progress:
+                getattr(self, name)(progress)
+
+    def calibrate(self, progress: Progress) -> None:
+        """Sample the full-precision model and record its inputs."""
+        folder = self.calibration_folder / "calibration"
+        self.calibration_stages.run(
+            "calibrate",
+            [self.source.fingerprint, dataclasses.asdict(self.plan)],
+            lambda: list(self.data.shards),
+            lambda: calibration.record(self.pipeline, self.source.adapter, self.plan, folder, progress),
+        )
+
+    def statistics(self, progress: Progress) -> None:
+        """Statistics of every layer's input."""
+        path = self.calibration_folder / "statistics.safetensors"
+        key = self.calibration_stages.key("calibrate")
+        # Partial sums of other data must not be taken up: they are kept under the data's key until they are whole.
+        partial = path.with_name(f"statistics-{key[:12]}.partial.safetensors")
+
+        def collect() -> None:
+            statistics.collect(self.pipeline.transformer, self.sites, self.data, partial, progress)
+            partial.replace(path)
+
+        self.calibration_stages.run("statistics", key, lambda: [path], collect)
+
+    def quantize(self, progress: Progress) -> None:
+        """Quantize, and refine by distillation where there is a budget."""
+        steps = self.recipe.distillation_steps(self.device, self.settings.distillation_steps)
+        folder = self.out / "quantized"
+
+        def work() -> None:
+            (self.out / MANIFEST).unlink(missing_ok=True)  # from here on the folder is no whole bundle
+            stats = statistics.load(self.calibration_folder / "statistics.safetensors")
+            job = quantization.QuantizationJob(self.recipe, self.bits, steps, self.settings.seed)
+            layers = quantization.quantize(
+                self.pipeline.transformer, self.source.adapter, stats, self.data, job, progress
+            )
+            fields = (self.source.adapter.family, self.source.fingerprint, self.source.config)
+            checkpoint.save(
+                checkpoint.QuantizedCheckpoint(layers, *fields, self.recipe.name, str(self.bits)), folder
+            )
+
+        self.stages.run(
+            "quantize",
+            [
+                self.calibration_stages.key("statistics"),
+                dataclasses.asdict(self.recipe),
+                str(self.bits),
+                steps,
+                self.settings.seed,
+                self.device,
+            ],
+            lambda: [folder / checkpoint.CONFIG, folder / checkpoint.WEIGHTS],
+            work,
+        )
+
+    def trace(self, _: Progress) -> None:
+        """Trace the transformer once, for every target and bit width, and write the full-precision baseline."""
+        from qvdit.export import graph
+        from qvdit.export.files import save_model
+        from qvdit.export.trace import trace
+
+        written: list[Path] = []
+
+        def work() -> None:
+            transformer, sites = self.pipeline.transformer, self.sites
+            widths = {site.name: transformer.get_submodule(site.name).out_features for site in sites}
+            traced = trace(transformer, self.source.adapter, widths, self.example())
+            written.extend(save_model(traced, self.work / "traced.onnx"))
+            written.extend(
+                save_model(graph.baseline_model(traced, self._full_weights()), self.work / "baseline.onnx")
+            )
+
+        self.stages.run("trace", self.calibration_stages.key("calibrate"), lambda: written, work)
+
+    def export(self, progress: Progress) -> None:
+        """Write the ONNX files and the manifest that makes the folder a bundle."""
+        from qvdit.export.bundle import export_onnx
+
+        written: list[Path] = []
+
+        def work() -> None:
+            (self.out / MANIFEST).unlink(missing_ok=True)
+            full = self._full_weights() if self._kept_layers() else {}
+            written.extend(export_onnx(self.work / "traced.onnx", self.layers, full, self.out, progress))
+
+        key = [self.stages.key("quantize"), self.stages.key("trace"), self.settings.target]
+        self.stages.run("export", key, lambda: written, work)
+        if not (self.out / MANIFEST).is_file():
+            write_manifest(self.out, self._manifest())
+
+    def parity(self, progress: Progress) -> None:
+        """PyTorch's quantized model against the runtime, layer by layer and whole; saves a reference for devices."""
+        from qvdit.proof import prove
+
+        def work() -> None:
+            write_json(
+                self.work / "parity.json",
+                prove(self.pipeline.transformer, self.layers, self.example(), self.out, self.settings.threads, progress),
+            )
+
+        from qvdit.contract.bundle import PARITY_INPUTS, PARITY_REFERENCE
+
+        files = [self.out / PARITY_INPUTS, self.out / PARITY_REFERENCE, self.work / "parity.json"]
+        self.stages.run("parity", self.stages.key("export"), lambda: files, work)
+
+    def speed(self, progress: Progress) -> None:
+        """Time one forward pass and one large linear in ONNX Runtime, full precision beside quantized."""
+        from qvdit.speed import measure_speed
+
+        path = self.work / "speed.json"
+
+        def work() -> None:
+            inputs = {name: tensor.numpy() for name, tensor in self.example().items()}
+            models = (self.work / "baseline.onnx", self.out / ORT_MODEL)
+            write_json(path, measure_speed(*models, inputs, self.layers[0], self.settings.threads, progress))
+
+        self.stages.run("speed", [self.stages.key("export"), self.settings.threads], lambda: [path], work)
+
+    def quality(self, progress: Progress) -> None:
+        """Sample the same videos with both models and measure them; then write the report."""
+        from qvdit.judge import judge_videos
+
+        path, videos = self.work / "quality.json", self.work / "videos.safetensors"
+
+        def work() -> None:
+            write_json(path, judge_videos(self.pipeline, self.out, self._trial(), videos, self.settings.threads, progress))
+
+        key = [self.stages.key("export"), dataclasses.asdict(self._trial())]
+        ran = self.stages.run("quality", key, lambda: [path, videos], work)
+        if ran or not (self.out / "report.html").is_file():
+            self.report()
+
+    # The report ------------------------------------------------------------------------------------------------------
+
+    def report(self) -> dict[str, Any]:
+        """Write report.json and report.html from what the stages left; returns the former."""
+        from qvdit.judge import report_videos
+        from qvdit.report import write_html
+
+        size = WeightSize.of(self.layers)
+        costs = {**self.calibration_stages.costs, **self.stages.costs}
+        content = {
+            "model": self.source.name,
+            "recipe": self.recipe.name,
+            "bits": str(self.bits),
+            "target": self.settings.target,
+            "date": date.today().isoformat(),
+            "versions": tool_versions(),
+            "parity": read_json(self.work / "parity.json", "the parity stage's result"),
+            "size": {
+                "weights_fp16_bytes": size.fp16_bytes,
+                "weights_quantized_bytes": size.quantized_bytes,
+                "ratio": size.quantized_bytes / size.fp16_bytes,
+                "effective_weight_bits": size.effective_bits,
+                "nominal_weight_bits": size.nominal_bits,
+                "files": {name: (self.out / name).stat().st_size for name in self._model_files()},
+            },
+            "speed": read_json(self.work / "speed.json", "the speed stage's result"),
+            "quality": read_json(self.work / "quality.json", "the quality stage's result"),
+            "stages": {name: dataclasses.asdict(costs[name]) for name in STAGES},
+        }
+        write_json(self.out / "report.json", content)
+        write_html(content, report_videos(self.work / "videos.safetensors", self._trial()), self.out / "report.html")
+        return content
+
+    # Details ---------------------------------------------------------------------------------------------------------
+
+    def _recipe(self) -> recipes.Recipe:
+        chosen = recipes.load(self.settings.recipe)
+        for glob, bits in self.settings.layer_bits.items():
+            recipes.check_layer_bits(glob, bits)
+        if self.settings.rank is not None:
+            if not 0 <= self.settings.rank <= 64:
+                raise QvditError(f"--rank {self.settings.rank}", "0 … 64", "1 is the paper's")
+            chosen = recipes.override(chosen, tqe={"rank": self.settings.rank})
+        return dataclasses.replace(chosen, layer_bits={**self.settings.layer_bits, **chosen.layer_bits})
+
+    def _plan(self) -> calibration.CalibrationPlan:
+        settings = self.settings
+        prompts = calibration.read_prompts(settings.prompts or shipped_prompts())
+        count = settings.prompt_count or (4 if self.device == "cpu" else 48)
+        if len(prompts) < count and settings.prompt_count:
+            raise QvditError(f"{len(prompts)} prompts", f"the {count} asked for", "lower --prompt-count")
+        if not prompts:
+            raise QvditError("no prompts", "at least one line in the prompts file", "check --prompts")
+        return calibration.CalibrationPlan(
+            prompts[:count], settings.steps, settings.records, settings.guidance, settings.seed
+        )
+
+    def _trial(self) -> Any:
+        from qvdit.quality import Trial
+
+        settings = self.settings
+        if self.source.name == "wan-shapes" or settings.prompts is None:
+            known = calibration.read_prompts(shipped_prompts())
+            return Trial.fresh(settings.videos, 2026 + settings.seed, settings.steps, settings.guidance, known)
+        prompts = calibration.read_prompts(settings.prompts)[-settings.videos :]
+        return Trial(prompts, tuple(range(len(prompts))), settings.steps, settings.guidance)
+
+    def _claim_output(self) -> None:
+        owner = self.work / "owner.json"
+        if owner.is_file():
+            content = read_json(owner, "the note of whose folder this is")
+            if content.get("source") != self.source.fingerprint:
+                raise QvditError(
+                    f"--out {self.out}, which belongs to another model ({content.get('model')})",
+                    "an empty folder, or one of this model",
+                    "choose another --out",
+                )
+            return
+        if self.out.exists() and any(self.out.iterdir()):
+            raise QvditError(f"--out {self.out}, which holds other files", "an empty folder", "choose another --out")
+        write_json(owner, {"model": self.source.name, "source": self.source.fingerprint})
+
+    def _kept_layers(self) -> bool:
+        return len(self.layers) < len(self.sites)
+
+    def _full_weights(self) -> dict[str, tuple[Any, Any]]:
+        weights = {}
+        for site in self.sites:
+            linear = self.pipeline.transformer.get_submodule(site.name)
+            bias = None if linear.bias is None else linear.bias.detach().float().cpu().numpy()
+            weights[site.name] = (linear.weight.detach().float().cpu().numpy(), bias)
+        return weights
+
+    def _model_files(self) -> list[str]:
+        names = [f"quantized/{checkpoint.CONFIG}", f"quantized/{checkpoint.WEIGHTS}", QDQ_MODEL, ORT_MODEL]
+        names += [f"{name}.data" for name in (QDQ_MODEL, ORT_MODEL) if (self.out / f"{name}.data").is_file()]
+        return names
+
+    def _manifest(self) -> Manifest:
+        adapter = self.source.adapter
+        example = self.example()
+        inputs = {
+            name: [adapter.dynamic_axes[name].get(axis, size) for axis, size in enumerate(example[name].shape)]
+            for name in adapter.inputs
+        }
+        return Manifest(
+            model=self.source.name,
+            source=self.source.fingerprint,
+            family=adapter.family,
+            class_name=adapter.class_name,
+            source_config=self.source.config,
+            recipe=self.recipe.name,
+            bits=str(self.bits),
+            target=self.settings.target,
+            inputs=inputs,
+            frames=adapter.frames(self.source.config, example),
+            versions=tool_versions(),
+            files={name: sha256(self.out / name) for name in self._model_files()},
+        )
+
+
+def shipped_prompts() -> Path:
+    """The calibration prompts of the reference world that come with the package."""
+    import qvdit.calib_data
+
+    return Path(qvdit.calib_data.__file__).parent / "shapes.txt"
+
+
+def _device(name: str) -> str:
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise QvditError(f"--device {name!r}", "auto, cpu or cuda", "check --device")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise QvditError("--device cuda", "a GPU that PyTorch can see", "use --device cpu, or install a CUDA build")
+    return name

@@ -1,0 +1,1 @@
+"""The method: calibration data → statistics → quantized, distilled model → checkpoint. Needs torch."""

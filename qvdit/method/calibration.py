@@ -1,0 +1,153 @@
+"""Calibration data: the full-precision model's own inputs, recorded while it samples videos.
+
+One shard a prompt, so that an interrupted run goes on where it stopped and more prompts add to what is there.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from qvdit.contract import QvditError
+from qvdit.contract.files import write_atomic
+from qvdit.models import ModelAdapter
+
+Progress = Callable[[int, int], None]
+"""Called with how much is done and how much there is."""
+
+
+def no_progress(done: int, total: int) -> None:
+    """Say nothing."""
+
+
+@dataclass(frozen=True)
+class CalibrationPlan:
+    """What to sample: the same plan and model always give the same records."""
+
+    prompts: tuple[str, ...]
+    steps: int = 20  # of the sampler
+    records: int = 8  # steps recorded of each trajectory, spread evenly over it
+    guidance: float = 2.5
+    seed: int = 0
+
+    def recorded_steps(self) -> list[int]:
+        """Indices of the recorded steps, from the first (most noise) to the last."""
+        count = min(self.records, self.steps)
+        return [round(i * (self.steps - 1) / max(count - 1, 1)) for i in range(count)]
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """Recorded DiT inputs: shards of safetensors, each a prompt's trajectory.
+
+    Every tensor has the records first: [n, …], n = 2 · steps recorded, unconditional and conditional at each.
+    """
+
+    shards: tuple[Path, ...]
+
+    def batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        """All records shard by shard, a batch for each recorded step; every step weighs the same."""
+        for shard in self.shards:
+            tensors = load_file(shard)
+            step = tensors.pop("step")
+            for value in step.unique():
+                yield {name: tensor[step == value] for name, tensor in tensors.items()}
+
+    def load(self, device: torch.device | str) -> dict[str, torch.Tensor]:
+        """Every record in one batch on a device, without the step."""
+        loaded = [load_file(shard) for shard in self.shards]
+        names = [name for name in loaded[0] if name != "step"]
+        return {name: torch.cat([shard[name] for shard in loaded]).to(device) for name in names}
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """Prompts from a text file, one a line; empty lines and lines that start with # are left out."""
+    if not path.is_file():
+        raise QvditError(f"no file {path}", "a text file with one prompt a line", "check --prompts")
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    return tuple(line for line in lines if line and not line.startswith("#"))
+
+
+def record(
+    pipeline: Any, adapter: ModelAdapter, plan: CalibrationPlan, folder: Path, progress: Progress = no_progress
+) -> CalibrationData:
+    """Sample the prompts that have no shard in ``folder`` yet, and return all shards of the plan."""
+    shards = []
+    for index, prompt in enumerate(plan.prompts):
+        shard = folder / f"shard-{index:05d}.safetensors"
+        progress(index, len(plan.prompts))
+        if not _matches(shard, prompt):
+            tensors = _record_one(pipeline, adapter, plan, prompt, plan.seed + index)
+            _check(tensors, prompt)
+            write_atomic(shard, lambda temporary, t=tensors, p=prompt: save_file(t, temporary, {"prompt": p}))
+        shards.append(shard)
+    progress(len(plan.prompts), len(plan.prompts))
+    return CalibrationData(tuple(shards))
+
+
+def _matches(shard: Path, prompt: str) -> bool:
+    try:
+        with safe_open(shard, framework="pt") as file:
+            return (file.metadata() or {}).get("prompt") == prompt
+    except (FileNotFoundError, SafetensorError, OSError):
+        return False
+
+
+def _record_one(
+    pipeline: Any, adapter: ModelAdapter, plan: CalibrationPlan, prompt: str, seed: int
+) -> dict[str, torch.Tensor]:
+    """Sample one video and keep the transformer's inputs at the plan's steps."""
+    wanted = set(plan.recorded_steps())
+    times: list[float] = []  # the time steps seen so far, in order: their count is the index of the current one
+    kept: list[dict[str, torch.Tensor]] = []
+
+    def keep(_: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = {**dict(zip(adapter.inputs, args, strict=False)), **kwargs}
+        time = inputs["timestep"].flatten()[0].item()
+        if not times or times[-1] != time:
+            times.append(time)
+        if len(times) - 1 in wanted:
+            batch = inputs["hidden_states"].shape[0]
+            row = {name: inputs[name].detach().cpu().clone() for name in adapter.inputs}
+            row["timestep"] = row["timestep"].expand(batch).clone()
+            row["step"] = torch.full((batch,), len(times) - 1)
+            kept.append(row)
+
+    handle = pipeline.transformer.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        sample(pipeline, [prompt], plan.steps, plan.guidance, [seed])
+    finally:
+        handle.remove()
+    return {name: torch.cat([row[name] for row in kept]).contiguous() for name in kept[0]}
+
+
+def sample(pipeline: Any, prompts: list[str], steps: int, guidance: float, seeds: list[int]) -> Any:
+    """Call a diffusers video pipeline with the arguments it knows; one seed a prompt, drawn on the CPU."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    known = inspect.signature(pipeline.__call__).parameters
+    arguments: dict[str, Any] = {
+        "prompt": prompts,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "generator": generators if len(generators) > 1 else generators[0],
+    }
+    if "output_type" in known:
+        arguments["output_type"] = "latent"
+    return pipeline(**arguments).frames
+
+
+def _check(tensors: dict[str, torch.Tensor], prompt: str) -> None:
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise QvditError(
+                f"NaN or Inf in {name} while sampling {prompt!r}",
+                "finite calibration data",
+                "the full-precision model does not sample this prompt: check the model in its own pipeline first",
+            )

@@ -1,0 +1,173 @@
+"""A method is a recipe: a YAML file that combines building blocks. To add a method, add a file to qvdit/recipes."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from qvdit.contract import WEIGHT_BITS, Bits, QvditError
+
+FOLDER = Path(__file__).parent.parent / "recipes"
+
+
+@dataclass(frozen=True)
+class WeightsBlock:
+    """How weights are rounded."""
+
+    symmetric_from: int = 9  # bits from which the grid is symmetric; 9: never, 2: always
+    clip_by: Literal["weight", "output"] = "weight"  # what the clip search keeps: the weight, or the layer's output
+    rounding: Literal["nearest", "second_order"] = "nearest"
+    bias_correction: bool = False  # the mean of the output error goes into the bias
+
+
+@dataclass(frozen=True)
+class ActivationsBlock:
+    """How activations are quantized, per token at run time."""
+
+    symmetric: bool = True
+
+
+@dataclass(frozen=True)
+class SmoothingBlock:
+    """SmoothQuant's scale s = a^p / wmax^(1-p), p by bits; 0 is off."""
+
+    strength: float = 0.0
+    by_bits: dict[str, float] = field(default_factory=dict)  # overrides strength, e.g. {w6a6: 0.5}
+    shared: bool = True  # one scale for all the linears that read the same tensor
+
+
+@dataclass(frozen=True)
+class TqeBlock:
+    """The run-time rank-R term and the training-time term inside the quantizer."""
+
+    rank: int = 0  # R at run time; 0: no term
+    start: Literal["closed_form", "zeros"] = "closed_form"
+    frame_gain: Literal["video", "temporal", "none"] = "none"  # which layers get a gain by frame
+    inner_rank: int = 32  # of the term that is folded into the integers while distilling
+
+
+@dataclass(frozen=True)
+class DistillationBlock:
+    """Temporal maintenance distillation; the budget follows the device unless the user sets it."""
+
+    steps: dict[str, int] = field(default_factory=dict)  # budget by device; empty: the method does not train
+    batch: int = 32
+    relation_weight: float = 100.0  # λ of the frame relations; 0: MSE alone
+    learning_rate: float = 5e-4  # of the low-rank terms and the gains
+    scale_learning_rate: float = 1e-3  # of the logarithm of the weight scales
+    quantize_activations: bool = True  # what is deployed is what is trained
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A quantization method."""
+
+    name: str
+    source: str  # where it comes from, one line
+    kind: Literal["dynamic", "static"] = "dynamic"  # static: calibrated per-tensor INT8 through ModelOpt
+    weights: WeightsBlock = field(default_factory=WeightsBlock)
+    activations: ActivationsBlock = field(default_factory=ActivationsBlock)
+    smoothing: SmoothingBlock = field(default_factory=SmoothingBlock)
+    tqe: TqeBlock = field(default_factory=TqeBlock)
+    distillation: DistillationBlock = field(default_factory=DistillationBlock)
+    layer_bits: dict[str, int] = field(default_factory=dict)  # glob over layer names → weight bits, 16 keeps it; first match
+
+    def weight_bits(self, layer: str, default: int) -> int:
+        """Weight bits of a layer: the first pattern that matches, else the default."""
+        return next((bits for glob, bits in self.layer_bits.items() if fnmatch.fnmatchcase(layer, glob)), default)
+
+    def smoothing_strength(self, bits: Bits) -> float:
+        """p for a bit width."""
+        return self.smoothing.by_bits.get(str(bits), self.smoothing.strength)
+
+    def distillation_steps(self, device: str, asked: int | None = None) -> int:
+        """The budget on a device ("cpu" or "cuda"); what the user asked for wins, except for a method that does not train."""
+        if not self.distillation.steps:
+            return 0
+        return self.distillation.steps.get(device, 0) if asked is None else asked
+
+
+def names() -> list[str]:
+    """The recipes that come with the package."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def load(name_or_path: str) -> Recipe:
+    """A recipe by name, or from a YAML file."""
+    path = FOLDER / f"{name_or_path}.yaml"
+    if "/" in name_or_path or name_or_path.endswith((".yaml", ".yml")):
+        path = Path(name_or_path)
+    if not path.is_file():
+        raise QvditError(f"recipe {name_or_path!r}", f"one of {', '.join(names())}, or a YAML file", "check --recipe")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise QvditError(f"{path}, which is not YAML ({' '.join(str(error).split())})", "a recipe", "mend it") from None
+    recipe = _build(Recipe, content, str(path))
+    for glob, bits in recipe.layer_bits.items():
+        check_layer_bits(glob, bits)
+    return recipe
+
+
+def check_layer_bits(glob: str, bits: int) -> None:
+    """Refuse weight bits that no layer can have."""
+    if bits not in (*WEIGHT_BITS, 16):
+        expected = f"{', '.join(map(str, WEIGHT_BITS))}, or 16 to keep it in full precision"
+        raise QvditError(f"{bits} weight bits for layers {glob!r}", expected, "check the layer bits")
+
+
+def override(recipe: Recipe, **blocks: dict[str, Any]) -> Recipe:
+    """A recipe with some fields of its blocks replaced, e.g. ``override(recipe, tqe={"rank": 4})``."""
+    changes = {name: dataclasses.replace(getattr(recipe, name), **fields) for name, fields in blocks.items() if fields}
+    return dataclasses.replace(recipe, **changes)  # type: ignore[arg-type]
+
+
+T = TypeVar("T")
+
+
+def _build(cls: type[T], content: Any, where: str) -> T:
+    """A dataclass from parsed YAML, checked field by field."""
+    if not isinstance(content, dict):
+        raise QvditError(f"{content!r} in {where}", f"a mapping of {cls.__name__}'s fields", "mend it")
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(content) - set(hints))
+    if unknown:
+        raise QvditError(f"the key {unknown[0]!r} in {where}", f"one of {', '.join(hints)}", "mend it")
+    missing = [
+        f.name
+        for f in dataclasses.fields(cls)  # type: ignore[arg-type]
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and f.name not in content
+    ]
+    if missing:
+        raise QvditError(f"{where} without {missing[0]!r}", f"a value for {missing[0]!r}", "add it")
+    return cls(**{name: _value(hints[name], value, f"{where}: {name}") for name, value in content.items()})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, where)  # type: ignore[arg-type]
+    if typing.get_origin(hint) is Literal:
+        accepted, expected = value in typing.get_args(hint), f"one of {', '.join(map(str, typing.get_args(hint)))}"
+    elif typing.get_origin(hint) is dict:
+        kind = typing.get_args(hint)[1]
+        accepted = isinstance(value, dict) and all(_is(kind, v) for v in value.values())
+        expected = f"a mapping to {kind.__name__}"
+    else:
+        accepted, expected = _is(hint, value), f"a value of type {hint.__name__}"
+    if not accepted:
+        raise QvditError(f"{value!r} in {where}", expected, "mend it")
+    return float(value) if hint is float else value
+
+
+def _is(kind: type, value: Any) -> bool:
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+
+

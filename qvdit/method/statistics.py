@@ -1,0 +1,127 @@
+"""Statistics of every quantized linear's input, over the calibration data, all time steps weighing the same.
+
+They do not depend on bits or method: one pass serves every bit width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from qvdit.contract import QvditError
+from qvdit.contract.files import write_atomic
+from qvdit.method.calibration import CalibrationData, Progress, no_progress
+from qvdit.models import Site
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """Of one input tensor x with K features, shared by all the linears that read it."""
+
+    abs_max: torch.Tensor  # float32 [K]: max |x| over the tokens of a batch, mean over batches
+    mean: torch.Tensor  # float32 [K]: E[x]
+    second_moment: torch.Tensor  # float32 [K, K]: E[x xᵀ]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Input statistics by the name of the shared input (:attr:`Site.shared_input`)."""
+
+    inputs: dict[str, InputStatistics]
+
+    def of(self, site: Site) -> InputStatistics:
+        """The statistics of a site's input."""
+        return self.inputs[site.shared_input]
+
+
+_FIELDS = ("abs_max", "mean", "second_moment")
+
+
+class _Sums:
+    """Running sums in float64 for every shared input, saved after each shard."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.batches = 0
+
+    def add(self, name: str, x: torch.Tensor) -> None:
+        """Add one batch of an input [..., K]."""
+        x = x.detach().reshape(-1, x.shape[-1]).float()
+        values = (x.abs().amax(0), x.mean(0), x.T @ x / len(x))
+        for field, value in zip(_FIELDS, values, strict=True):
+            key = f"{name}:{field}"
+            value = value.double()
+            self.tensors[key] = self.tensors[key] + value if key in self.tensors else value
+
+    def save(self, path: Path, shards: int) -> None:
+        metadata = {"shards": str(shards), "batches": str(self.batches)}
+        tensors = {name: tensor.cpu() for name, tensor in self.tensors.items()}
+        write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+    def load(self, path: Path, device: torch.device) -> int:
+        """Take up a partial run; returns how many shards it has seen, 0 if there is none."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata()
+            self.tensors = {name: tensor.to(device) for name, tensor in load_file(path).items()}
+            self.batches = int(metadata["batches"])
+            return int(metadata["shards"])
+        except (FileNotFoundError, SafetensorError, OSError):
+            return 0
+
+
+@torch.no_grad()
+def collect(
+    transformer: torch.nn.Module,
+    sites: list[Site],
+    data: CalibrationData,
+    path: Path,
+    progress: Progress = no_progress,
+) -> Statistics:
+    """Run the full-precision model over the calibration data; resumes from ``path`` and leaves the result there."""
+    device = next(transformer.parameters()).device
+    sums = _Sums()
+    done = sums.load(path, device)
+    first_reader = {}
+    for site in sites:
+        first_reader.setdefault(site.shared_input, site.name)
+    handles = [
+        transformer.get_submodule(reader).register_forward_pre_hook(
+            lambda _, args, name=name: sums.add(name, args[0])
+        )
+        for name, reader in first_reader.items()
+    ]
+    try:
+        for index, shard in enumerate(data.shards):
+            progress(index, len(data.shards))
+            if index < done:
+                continue
+            for batch in CalibrationData((shard,)).batches():
+                inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+                transformer(**inputs, return_dict=False)
+                sums.batches += 1
+            sums.save(path, index + 1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    progress(len(data.shards), len(data.shards))
+    return load(path)
+
+
+def load(path: Path) -> Statistics:
+    """Read collected statistics."""
+    sums = _Sums()
+    if not sums.load(path, torch.device("cpu")):
+        raise QvditError(f"no statistics at {path}", "what `qvdit calibrate` writes", "run `qvdit calibrate` first")
+    inputs: dict[str, dict[str, torch.Tensor]] = {}
+    for key, total in sums.tensors.items():
+        name, field = key.rsplit(":", 1)
+        inputs.setdefault(name, {})[field] = (total / sums.batches).float()
+    for name, fields in inputs.items():
+        if not all(tensor.isfinite().all() for tensor in fields.values()):
+            raise QvditError(f"NaN or Inf in the statistics of {name}", "finite activations", "check the model's weights")
+    return Statistics({name: InputStatistics(**fields) for name, fields in inputs.items()})

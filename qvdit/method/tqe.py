@@ -1,0 +1,51 @@
+"""TQE in closed form: the best rank-R correction of a quantized linear's output error, and its gain by frame.
+
+Source: Q-VDiT (arXiv 2505.22167), Δ̂β = (M ⊙ Q̂(x)) αβ; the closed form is ours and replaces its zero initialisation.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from qvdit.contract import FrameRows
+from qvdit.method.weights import damped
+
+
+def best_correction(error: torch.Tensor, second_moment: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """alpha [K, R] and beta [R, N] that minimise E‖(error - betaᵀ alphaᵀ) x‖².
+
+    error: W - Ŵ, float32 [N, K]. second_moment: E[x xᵀ] [K, K] = S Sᵀ. By Eckart-Young the answer is the truncated SVD of
+    error · S, with S taken back out of its right factor.
+    """
+    root = torch.linalg.cholesky(damped(second_moment, 1e-4))
+    u, sigma, vt = torch.linalg.svd(error.double() @ root, full_matrices=False)
+    strength = sigma[:rank].sqrt()
+    beta = (u[:, :rank] * strength).T
+    alpha = torch.linalg.solve_triangular(root.T, (vt[:rank].T * strength), upper=True)
+    return alpha.float().contiguous(), beta.float().contiguous()
+
+
+class GainFit:
+    """Least-squares gain of one layer's rank-R term for every frame, gathered over batches.
+
+    For frame t: the g that minimises Σ ‖e - g·d‖², e = (W - Ŵ) x the error to correct, d = (x alpha) beta the correction.
+    """
+
+    def __init__(self, frames: int, rows: FrameRows):
+        self.frames, self.rows = frames, rows
+        self.product = torch.zeros(frames, dtype=torch.float64)
+        self.square = torch.zeros(frames, dtype=torch.float64)
+
+    def add(self, error: torch.Tensor, correction: torch.Tensor) -> None:
+        """Add a batch of errors and corrections, [..., L, N] each."""
+        shape = error.shape[:-1]
+        per_frame = self.rows.tokens_per_frame(shape[-1], self.frames)
+        frame = torch.arange(shape.numel(), device=error.device).div(per_frame, rounding_mode="floor") % self.frames
+        for total, other in ((self.product, error), (self.square, correction)):
+            by_row = (correction * other).sum(-1).flatten().double()
+            total.index_add_(0, frame.cpu(), by_row.cpu())
+
+    def gain(self, low: float = 0.5, high: float = 1.5) -> torch.Tensor:
+        """The gains, float32 [T], 1 where there is nothing to correct; bounded, for frames seen seldom."""
+        gain = self.product / self.square.clamp(min=1e-12)
+        return torch.where(self.square > 1e-12, gain, 1.0).clamp(low, high).float()

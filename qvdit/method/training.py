@@ -1,0 +1,123 @@
+"""The quantized linear while it is trained: everything that folding later freezes is still a parameter.
+
+    Ŵ = Q_w(W + B·A; Δ),   y = Q_a(x · inv_smooth) Ŵᵀ + gain[frame] · (Q_a(x · inv_smooth) alpha) beta + bias
+
+Source: Q-VDiT (arXiv 2505.22167). Gradients pass through rounding unchanged (straight-through estimator).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from qvdit.contract import FrameRows, LowBitLayer
+from qvdit.method import operator
+from qvdit.method.weights import WeightGrid
+
+
+def round_through(x: torch.Tensor) -> torch.Tensor:
+    """Round, with the gradient of the identity."""
+    return x + (torch.round(x) - x).detach()
+
+
+class TrainableLinear(torch.nn.Module):
+    """A linear that is quantized in every forward pass, with what can be trained as parameters."""
+
+    def __init__(
+        self,
+        name: str,
+        weight: torch.Tensor,  # [N, K], smoothing already multiplied in; nearest rounding gives the starting integers
+        bias: torch.Tensor | None,  # [N]
+        grid: WeightGrid,
+        act_bits: int,
+        act_symmetric: bool,
+        rows: FrameRows,
+        inv_smooth: torch.Tensor | None = None,  # [K]
+        alpha: torch.Tensor | None = None,  # [K, R]
+        beta: torch.Tensor | None = None,  # [R, N]
+        gain: torch.Tensor | None = None,  # [T]
+    ):
+        super().__init__()
+        self.name, self.act_bits, self.act_symmetric, self.rows = name, act_bits, act_symmetric, rows
+        self.weight_bits = grid.bits
+        self.out_features, self.in_features = weight.shape
+        self.register_buffer("weight", weight)
+        self.register_buffer("zero", grid.zero)
+        self.register_buffer("inv_smooth", inv_smooth)
+        self.log_scale = torch.nn.Parameter(grid.scale.log())  # the logarithm keeps Δ positive
+        self.bias = None if bias is None else torch.nn.Parameter(bias.clone())
+        self.alpha = None if alpha is None else torch.nn.Parameter(alpha)
+        self.beta = None if beta is None else torch.nn.Parameter(beta)
+        self.gain = None if gain is None else torch.nn.Parameter(gain)
+        self.inner_a: torch.nn.Parameter | None = None
+        self.inner_b: torch.nn.Parameter | None = None
+        self.quantize_activations = True
+
+    def add_inner_term(self, rank: int, generator: torch.Generator) -> None:
+        """Give the quantizer its rank-``rank`` term B·A; B is zero, so nothing changes until it is trained."""
+        bound = 1 / math.sqrt(self.in_features)  # kaiming_uniform with a = √5, as the authors
+        a = (torch.rand(rank, self.in_features, generator=generator) * 2 - 1) * bound
+        self.inner_a = torch.nn.Parameter(a.to(self.weight.device))
+        self.inner_b = torch.nn.Parameter(torch.zeros(self.out_features, rank, device=self.weight.device))
+
+    @property
+    def grid(self) -> WeightGrid:
+        """The grid as it is now."""
+        return WeightGrid(self.weight_bits, self.log_scale.exp(), self.zero)
+
+    def latent_weight(self) -> torch.Tensor:
+        """What is rounded: W + B·A, [N, K]."""
+        if self.inner_a is None or self.inner_b is None:
+            return self.weight
+        return self.weight + self.inner_b @ self.inner_a
+
+    def quantized_weight(self) -> torch.Tensor:
+        """Ŵ, [N, K], differentiable in Δ, A and B."""
+        grid = self.grid
+        scale = grid.scale[:, None]
+        weight_q = (round_through(self.latent_weight() / scale) + self.zero[:, None]).clamp(grid.low, grid.high)
+        return (weight_q - self.zero[:, None]) * scale
+
+    def quantized_input(self, x: torch.Tensor) -> torch.Tensor:
+        """Q_a(x · inv_smooth), or without Q_a where activations are kept in floating point."""
+        smoothed = x if self.inv_smooth is None else x * self.inv_smooth
+        if not self.quantize_activations:
+            return smoothed
+        rows = operator.quantize_rows(smoothed.detach(), self.act_bits, self.act_symmetric)
+        return smoothed + (rows.scale * rows.centred() - smoothed).detach()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x_hat = self.quantized_input(x)
+        y = torch.nn.functional.linear(x_hat, self.quantized_weight(), self.bias)
+        if self.alpha is None or self.beta is None:
+            return y
+        factor = x_hat @ self.alpha
+        if self.gain is not None:
+            factor = factor * operator.row_gains(self.gain, self.rows, factor.shape)
+        return y + factor @ self.beta
+
+    @torch.no_grad()
+    def fold(self) -> LowBitLayer:
+        """Freeze: B·A disappears into the integers, everything else becomes an array of the operator."""
+        grid = self.grid
+        return LowBitLayer(
+            name=self.name,
+            weight_bits=self.weight_bits,
+            act_bits=self.act_bits,
+            act_symmetric=self.act_symmetric,
+            rows=self.rows if self.gain is not None else FrameRows.NONE,
+            weight_q=grid.quantize(self.latent_weight()).to(torch.int8).cpu().numpy(),
+            weight_scale=_array(grid.scale),
+            weight_zero=self.zero.to(torch.int8).cpu().numpy() if bool(self.zero.any()) else None,
+            bias=None if self.bias is None else _array(self.bias),
+            inv_smooth=None if self.inv_smooth is None else _array(self.inv_smooth),
+            alpha=None if self.alpha is None else _array(self.alpha),
+            beta=None if self.beta is None else _array(self.beta),
+            frame_gain=None if self.gain is None else _array(self.gain),
+        )
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    return np.ascontiguousarray(tensor.detach().float().cpu().numpy())

@@ -1,0 +1,130 @@
+"""Finding, checking and loading the model to quantize. Nothing here loads a pickle or runs code from a file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qvdit.contract import QvditError
+from qvdit.contract.files import read_json, sha256
+from qvdit.models import ADAPTERS, ModelAdapter
+
+SHIPPED = {"wan-shapes": Path(__file__).parent.parent / "reference" / "wan-shapes"}
+"""Reference models that come with the package, by name."""
+
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True)
+class SourceModel:
+    """A diffusers pipeline on disk whose transformer can be quantized."""
+
+    name: str
+    path: Path
+    adapter: ModelAdapter
+    config: dict[str, Any]  # of the transformer
+    fingerprint: str  # sha256 over the transformer's configuration and weights
+
+    def load(self, device: torch.device | str = "cpu") -> Any:
+        """The pipeline with float32 weights on a device, in evaluation mode."""
+        pipeline = _pipeline_class(self.path).from_pretrained(self.path, use_safetensors=True, dtype=torch.float32)
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.transformer.eval().requires_grad_(False)
+        _check_finite(pipeline.transformer, self.path)
+        return pipeline.to(device)
+
+
+def find_model(name_or_path: str) -> SourceModel:
+    """Look at a shipped model's name or a pipeline's folder, without loading weights; QvditError says what is wrong."""
+    path = SHIPPED.get(name_or_path, Path(name_or_path))
+    expected = f"the folder of a diffusers video pipeline, or one of: {', '.join(SHIPPED)}"
+    if path.is_file() and path.suffix in _PICKLES:
+        raise _pickle_error(path)
+    if not (path / "model_index.json").is_file():
+        raise QvditError(f"--model {name_or_path}, which has no model_index.json", expected, "check the path")
+    transformer = path / "transformer"
+    config = read_json(transformer / "config.json", "a transformer's config.json")
+    class_name = config.get("_class_name") if isinstance(config, dict) else None
+    adapter = next((a for a in ADAPTERS if a.class_name == class_name), None)
+    if adapter is None:
+        known = ", ".join(a.class_name for a in ADAPTERS)
+        raise QvditError(
+            f"{transformer / 'config.json'} of class {class_name!r}, which is no known video DiT",
+            f"one of {known}",
+            "choose such a model, or add an adapter for it in qvdit/models",
+        )
+    weights = _weight_files(transformer)
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for file in weights:
+        check_safetensors(file)
+        digest.update(sha256(file).encode())
+    name = name_or_path if name_or_path in SHIPPED else path.resolve().name
+    return SourceModel(name, path, adapter, config, digest.hexdigest())
+
+
+def check_safetensors(path: Path) -> None:
+    """Refuse a safetensors file that is missing, no safetensors at all, or shorter than its header says."""
+    what, fix = "a whole safetensors file", "copy or download it again"
+    if not path.is_file():
+        raise QvditError(f"no file {path}", what, fix)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        try:
+            header = json.loads(file.read(length)) if length < size else None
+        except (UnicodeDecodeError, json.JSONDecodeError):
+            header = None
+    if not isinstance(header, dict):
+        raise QvditError(f"{path}, which is truncated or no safetensors file", what, fix)
+    end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
+    if 8 + length + end != size:
+        raise QvditError(f"{path} of {size} bytes where its header tells of {8 + length + end}", what, fix)
+
+
+def _weight_files(transformer: Path) -> list[Path]:
+    index = transformer / "diffusion_pytorch_model.safetensors.index.json"
+    if index.is_file():
+        shards = read_json(index, "an index of safetensors shards")["weight_map"].values()
+        return [transformer / name for name in sorted(set(shards))]
+    single = transformer / "diffusion_pytorch_model.safetensors"
+    if not single.is_file():
+        pickles = [p for p in sorted(transformer.glob("*")) if p.suffix in _PICKLES]
+        if pickles:
+            raise _pickle_error(pickles[0])
+        raise QvditError(f"no weights in {transformer}", single.name, "copy or download the model again")
+    return [single]
+
+
+def _pickle_error(path: Path) -> QvditError:
+    return QvditError(
+        f"{path}, a pickle, which can run any code when it is loaded",
+        "weights as safetensors",
+        "convert it where you trust it: pipeline.save_pretrained(DIR, safe_serialization=True)",
+    )
+
+
+def _pipeline_class(path: Path) -> Any:
+    import diffusers
+
+    name = read_json(path / "model_index.json", "a pipeline's model_index.json").get("_class_name")
+    if name == "PixelVideoPipeline":
+        from qvdit.reference.pipeline import PixelVideoPipeline
+
+        return PixelVideoPipeline
+    found = getattr(diffusers, str(name), None)
+    if found is None:
+        raise QvditError(f"pipeline class {name!r}", "a pipeline that this diffusers knows", "upgrade diffusers")
+    return found
+
+
+def _check_finite(transformer: torch.nn.Module, path: Path) -> None:
+    for name, parameter in transformer.named_parameters():
+        if not parameter.isfinite().all():
+            raise QvditError(f"NaN or Inf in {name} of {path}", "finite weights", "this model cannot be quantized")

@@ -1,0 +1,1 @@
+"""Recipes: one YAML file a method. Read by :mod:`qvdit.method.recipe`."""

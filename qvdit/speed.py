@@ -1,0 +1,114 @@
+"""The speed stage: ONNX Runtime on the CPU, full precision beside quantized, interleaved in one run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.helper
+
+from qvdit.contract import FrameRows, LowBitLayer, StaticInt8Layer
+from qvdit.contract.layer import Layer
+from qvdit.export import graph
+from qvdit.export.functions import DOMAIN, DOMAIN_VERSION, NODE, OPSET
+from qvdit.method.calibration import Progress
+from qvdit.runtimes.onnxruntime import session
+
+LINEAR = (4608, 1152)  # N, K of a linear of STDiT-XL's size
+LINEAR_TOKENS = 1024
+_REPEATS = 9
+
+
+def measure_speed(
+    full: Path, quantized: Path, inputs: dict[str, np.ndarray], like: Layer, threads: int, progress: Progress
+) -> dict[str, Any]:
+    """Milliseconds of a forward pass of both models, and of one 1152 x 4608 linear quantized like ``like``.
+
+    Medians of interleaved repeats; ``spread`` is the larger interquartile range over its median.
+    """
+    models = [session(path, threads) for path in (full, quantized)]
+    progress(0, 2)
+    forward = interleaved([lambda s=s: s.run(None, inputs) for s in models])
+    progress(1, 2)
+    rng = np.random.default_rng(0)
+    x = {"x": rng.standard_normal((1, LINEAR_TOKENS, LINEAR[1]), dtype=np.float32)}
+    pair = [session(model.SerializeToString(), threads) for model in _linear_models(like, rng)]
+    linear = interleaved([lambda s=s: s.run(None, x) for s in pair])
+    progress(2, 2)
+    (fp32, fp32_spread), (low, low_spread) = forward
+    (linear_fp32, _), (linear_low, _) = linear
+    return {
+        "threads": threads,
+        "fp32_ms": fp32,
+        "quantized_ms": low,
+        "speedup": fp32 / low,
+        "spread": max(fp32_spread, low_spread),
+        "linear_fp32_ms": linear_fp32,
+        "linear_quantized_ms": linear_low,
+        "linear_speedup": linear_fp32 / linear_low,
+    }
+
+
+def interleaved(calls: list[Callable[[], object]], repeats: int = _REPEATS) -> list[tuple[float, float]]:
+    """(median in ms, interquartile range / median) of each call, taken in turns so that drift hits all alike."""
+    times: list[list[float]] = [[] for _ in calls]
+    for round_ in range(repeats + 1):
+        for call, taken in zip(calls, times, strict=True):
+            started = time.perf_counter()
+            call()
+            if round_:  # the first round warms up
+                taken.append((time.perf_counter() - started) * 1e3)
+    results = []
+    for taken in times:
+        first, median, third = statistics.quantiles(taken, n=4)
+        results.append((round(median, 3), round((third - first) / median, 4)))
+    return results
+
+
+def _linear_models(like: Layer, rng: np.random.Generator) -> tuple[onnx.ModelProto, onnx.ModelProto]:
+    """One linear in full precision and quantized like a given layer: same bits, zero points, TQE rank."""
+    n, k = LINEAR
+    weight, bias = rng.standard_normal((n, k), dtype=np.float32), rng.standard_normal(n, dtype=np.float32)
+    value = onnx.helper.make_tensor_value_info
+    placeholder = onnx.helper.make_node(NODE, ["x"], ["y"], domain=DOMAIN, layer="linear")
+    one = onnx.helper.make_graph(
+        [placeholder],
+        "linear",
+        [value("x", onnx.TensorProto.FLOAT, ["batch", "tokens", k])],
+        [value("y", onnx.TensorProto.FLOAT, ["batch", "tokens", n])],
+    )
+    opsets = [onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid(DOMAIN, DOMAIN_VERSION)]
+    traced = onnx.helper.make_model(one, opset_imports=opsets, ir_version=10)
+    full = graph.baseline_model(traced, {"linear": (weight, bias)})
+    return full, graph.quantized_model(traced, (_random_layer(like, rng, bias),), "integer")
+
+
+def _random_layer(like: Layer, rng: np.random.Generator, bias: np.ndarray) -> Layer:
+    n, k = LINEAR
+    half = 1 << (like.weight_bits - 1)
+    weight_q = rng.integers(-half, half, (n, k)).astype(np.int8)
+    scale = rng.random(n, dtype=np.float32) * 0.01 + 0.001
+    smooth = None if like.inv_smooth is None else rng.random(k, dtype=np.float32) + 0.5
+    if isinstance(like, StaticInt8Layer):
+        return StaticInt8Layer("linear", weight_q, scale, np.float32(0.03).reshape(()), bias, smooth)
+    frames = 0 if like.frame_gain is None else len(like.frame_gain)
+    return LowBitLayer(
+        name="linear",
+        weight_bits=like.weight_bits,
+        act_bits=like.act_bits,
+        act_symmetric=like.act_symmetric,
+        rows=FrameRows.SEQUENCE if frames else FrameRows.NONE,
+        weight_q=weight_q,
+        weight_scale=scale,
+        weight_zero=None if like.weight_zero is None else rng.integers(-half, half, n).astype(np.int8),
+        bias=bias,
+        inv_smooth=smooth,
+        alpha=rng.standard_normal((k, like.rank), dtype=np.float32) if like.rank else None,
+        beta=rng.standard_normal((like.rank, n), dtype=np.float32) if like.rank else None,
+        frame_gain=np.ones(frames, np.float32) if frames else None,
+    )

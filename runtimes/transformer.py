@@ -1,0 +1,101 @@
+"""A session in the clothes of a diffusers transformer, so that a pipeline can call it.
+
+Takes and gives torch tensors where the pipeline uses torch, numpy arrays otherwise; torch is imported by the caller or
+not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+import numpy as np
+
+from qvdit.contract import QvditError
+from qvdit.contract.bundle import Manifest
+
+
+class Session(Protocol):
+    """What every runtime's session offers."""
+
+    def infer(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        """Run the model once."""
+
+
+class _Config(SimpleNamespace):
+    """A transformer's configuration, read by attribute, by key or with ``get``, as diffusers' is."""
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self, name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value of a key."""
+        return getattr(self, name, default)
+
+
+class RuntimeTransformer:
+    """``pipe.transformer = RuntimeTransformer(…)``: answers what diffusers' pipelines ask of their transformer."""
+
+    def __init__(self, session: Session, manifest: Manifest):
+        self.session, self.manifest = session, manifest
+        self.config = _Config(**manifest.source_config)
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype that a pipeline should feed: float32."""
+        return sys.modules["torch"].float32 if "torch" in sys.modules else np.dtype(np.float32)
+
+    @property
+    def device(self) -> Any:
+        """The CPU."""
+        return sys.modules["torch"].device("cpu") if "torch" in sys.modules else "cpu"
+
+    def to(self, *_: Any, **__: Any) -> RuntimeTransformer:
+        """Stay where it is: an engine does not move."""
+        return self
+
+    def eval(self) -> RuntimeTransformer:
+        """It never trains."""
+        return self
+
+    @contextlib.contextmanager
+    def cache_context(self, _: str) -> Iterator[None]:
+        """Diffusers names its conditional and unconditional passes; there is nothing to cache here."""
+        yield
+
+    def __call__(
+        self, hidden_states: Any, timestep: Any, encoder_hidden_states: Any, return_dict: bool = True, **others: Any
+    ) -> Any:
+        """Run the model; names and shapes are those of the diffusers class in the manifest.
+
+        A time step without a batch dimension is repeated for the batch. Other arguments must be absent or None.
+        """
+        unknown = {k for k, v in others.items() if v is not None and k not in _HARMLESS}
+        if unknown:
+            raise QvditError(f"argument {sorted(unknown)[0]!r}", "only what the model was exported with", "leave it out")
+        output = self.session.infer(
+            {
+                "hidden_states": _numpy(hidden_states),
+                "timestep": np.broadcast_to(_numpy(timestep), (hidden_states.shape[0],)),
+                "encoder_hidden_states": _numpy(encoder_hidden_states),
+            }
+        )
+        sample = _like(output, hidden_states)
+        return SimpleNamespace(sample=sample) if return_dict else (sample,)
+
+
+_HARMLESS = ("enable_temporal_attentions", "attention_kwargs")
+
+
+def _numpy(value: Any) -> np.ndarray:
+    return value.detach().cpu().float().numpy() if hasattr(value, "detach") else np.asarray(value)
+
+
+def _like(output: np.ndarray, model: Any) -> Any:
+    """The output as the kind of array that came in."""
+    if hasattr(model, "detach"):
+        return sys.modules["torch"].from_numpy(output).to(model.device, model.dtype)
+    return output.astype(model.dtype)

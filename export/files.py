@@ -13,7 +13,7 @@ _SMALLEST_EXTERNAL = 1024  # bytes: smaller initializers stay in the graph, wher
 
 
 def save_model(model: onnx.ModelProto, path: Path, external_from: int = EXTERNAL_FROM) -> list[Path]:
-    """Write a model and, when it is large, ``NAME.data`` beside it; returns the files. The model itself is left as it is."""
+    """Write a model and, when it is large, ``NAME.data`` beside it; returns the files."""
     path.parent.mkdir(parents=True, exist_ok=True)
     data = path.with_name(f"{path.name}.data")
     size = sum(len(tensor.raw_data) for tensor in model.graph.initializer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx.checker
@@ -11,7 +12,6 @@ import onnx.helper
 import onnx.numpy_helper
 from onnx import TensorProto
 
-import ml_dtypes
 from qvdit.contract import FrameRows, LowBitLayer, StaticInt8Layer
 from qvdit.contract.layer import Layer
 from qvdit.export.functions import ATTRIBUTES, DOMAIN, INPUTS, NODE, Body, Variant, function
@@ -63,7 +63,9 @@ def quantized_model(
 
     kept: weights of the linears that stay in full precision.
     """
-    fills = {layer.name: _low_bit(layer) if isinstance(layer, LowBitLayer) else _static(layer, body) for layer in layers}
+    fills = {
+        layer.name: _low_bit(layer) if isinstance(layer, LowBitLayer) else _static(layer, body) for layer in layers
+    }
     fills |= {name: _plain(*weights) for name, weights in (kept or {}).items()}
     model = fill(traced, fills)
     variants = {Variant.of(layer): None for layer in layers if isinstance(layer, LowBitLayer)}
@@ -150,7 +152,7 @@ def _tokens_per_frame(layer: LowBitLayer, x: str, editor: GraphEditor) -> tuple[
 
 
 def _static(layer: StaticInt8Layer, body: Body) -> Fill:
-    # TensorRT wants signed activations with zero point 0; ONNX Runtime on x86 is eight times as fast with unsigned ones.
+    # TensorRT wants signed activations and zero point 0; ONNX Runtime on x86 is eight times as fast with unsigned ones.
     zero_point = np.int8(0) if body == "qdq" else np.uint8(128)
 
     def build(node: onnx.NodeProto, editor: GraphEditor) -> list[onnx.NodeProto]:

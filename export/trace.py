@@ -43,9 +43,10 @@ class _Placeholder(torch.nn.Module):
 def trace(
     transformer: torch.nn.Module, adapter: ModelAdapter, layers: dict[str, int], inputs: dict[str, torch.Tensor]
 ) -> onnx.ModelProto:
-    """Export a transformer with placeholders for ``layers`` (name → N), batch and video size dynamic where the family allows.
+    """Export a transformer with placeholders for ``layers`` (name → N).
 
-    Inputs keep diffusers' names; the output is called ``sample``. ``inputs`` are an example, batch of at least 2.
+    Batch and, where the family allows it, the video's size are dynamic. Inputs keep diffusers' names; the output is
+    called ``sample``. ``inputs`` are an example with a batch of at least 2.
     """
     model: Any = copy.deepcopy(transformer).cpu().float().eval()
     adapter.prepare_for_export(model)

@@ -31,7 +31,7 @@ _BITS = f"wXaY: weights of X in {WEIGHT_BITS} bits, activations of Y in {ACT_BIT
 Model = Annotated[str, typer.Option(help="A diffusers pipeline's folder, or the shipped model wan-shapes.")]
 Out = Annotated[Path, typer.Option(help="The bundle's folder. Finished stages in it are reused.")]
 BitsOption = Annotated[str, typer.Option(help=_BITS)]
-RecipeOption = Annotated[str, typer.Option(help="The method: a recipe's name, or a YAML file. `qvdit doctor` lists them.")]
+RecipeOption = Annotated[str, typer.Option(help="The method: a name that `qvdit doctor` lists, or a YAML file.")]
 Target = Annotated[str, typer.Option(help="What the bundle is for: onnxruntime, or tensorrt.")]
 Prompts = Annotated[Path | None, typer.Option(help="Text file of calibration prompts, one a line [default: shipped].")]
 PromptCount = Annotated[int | None, typer.Option(min=1, help="Prompts to sample [default: 4 on a CPU, 48 on a GPU].")]
@@ -49,7 +49,10 @@ LayerBits = Annotated[
     typer.Option(help="GLOB=BITS for some layers' weights, 16 keeps them: --layer-bits '*.ffn.*=8'. First match wins."),
 ]
 Calibration = Annotated[
-    Path | None, typer.Option(help="Folder of calibration data and statistics, to share between bundles [default: OUT].")
+    Path | None,
+    typer.Option(
+        help="Folder of calibration data and statistics, another bundle's say [default: OUT/work/calibration]."
+    ),
 ]
 Videos = Annotated[int, typer.Option(min=1, help="Videos that both models sample for the report.")]
 Threads = Annotated[int, typer.Option(min=1, help="Threads of ONNX Runtime.")]
@@ -141,9 +144,7 @@ def run(
     bundle: Bundle,
     out: Annotated[Path, typer.Option(help="The video to write: .webp (lossless), .gif, or .safetensors for latents.")],
     model: Model = "wan-shapes",
-    prompt: Annotated[str, typer.Option(help="What to sample.")] = (
-        "a red circle moving right on a black background"
-    ),
+    prompt: Annotated[str, typer.Option(help="What to sample.")] = ("a red circle moving right on a black background"),
     steps: Steps = 20,
     guidance: Guidance = 2.5,
     seed: Seed = 0,
@@ -159,7 +160,9 @@ def run(
     source = find_model(model)
     transformer = qvdit.runtimes.load(bundle, threads)
     if transformer.manifest.source != source.fingerprint:
-        raise QvditError(f"--model {model}", f"the model of this bundle ({transformer.manifest.model})", "check --model")
+        raise QvditError(
+            f"--model {model}", f"the model of this bundle ({transformer.manifest.model})", "check --model"
+        )
     with console.status("loading"):
         pipeline = source.load()
     pipeline.transformer = transformer
@@ -208,7 +211,7 @@ def inspect(bundle: Bundle) -> None:
     size = WeightSize.of(layers)
     console.print(f"{manifest.model} ({manifest.class_name}), recipe {manifest.recipe}, {manifest.bits}")
     console.print(
-        f"quantized weights: {size.quantized_bytes:,} bytes, {size.effective_bits:.2f} bits each with everything stored "
+        f"quantized weights: {size.quantized_bytes:,} bytes, {size.effective_bits:.2f} bits each, everything counted "
         f"({size.nominal_bits:.2f} nominal), {size.quantized_bytes / size.fp16_bytes:.3f} of FP16",
         soft_wrap=True,
     )
@@ -233,7 +236,9 @@ def doctor() -> None:
     for name, version in tool_versions().items():
         console.print(f"{name} {version}")
     console.print(f"recipes: {', '.join(recipes.names())}", soft_wrap=True)
-    console.print(f"cuda: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU that PyTorch can see'}")
+    console.print(
+        f"cuda: {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU that PyTorch can see'}"
+    )
     slow = "no VNNI: 8-bit products run unsigned, exact but slower" if saturates() else "fast 8-bit products"
     console.print(f"onnxruntime target: ready, {slow}")
     missing = missing_for_tensorrt()
@@ -256,7 +261,7 @@ def compare(
     distill_steps: DistillSteps = None,
     batch: Annotated[int, typer.Option(min=1, help="Videos sampled at once.")] = 64,
 ) -> None:
-    """Compare recipes and bit widths on the same data, prompts and noise; writes OUT/quality.json and prints a table."""
+    """Compare recipes and bit widths on the same data, prompts and noise; writes OUT/quality.json, prints a table."""
     from datetime import date
 
     import torch
@@ -276,9 +281,7 @@ def compare(
     trial = Trial.fresh(videos, 2026 + seed, steps, guidance, read_prompts(shipped_prompts()))
     widths = tuple(Bits.parse(text) for text in bits.split(","))
     chosen = tuple(recipes.split(","))
-    task = comparison.Comparison(
-        job.source, chosen, widths, job.plan, trial, job.device, distill_steps, batch, seed
-    )
+    task = comparison.Comparison(job.source, chosen, widths, job.plan, trial, job.device, distill_steps, batch, seed)
     cells = comparison.run(task, out / "work", lambda text: errors.print(f"[dim]{text}[/dim]"))
     name = torch.cuda.get_device_name() if job.device == "cuda" else "cpu"
     write_json(
@@ -357,7 +360,7 @@ def _say_report(report: dict[str, Any]) -> None:
         f"error ratio {parity_['error_ratio']:.3f}"
     )
     console.print(
-        f"size     {size['ratio']:.3f} of FP16, {size['effective_weight_bits']:.2f} bits a weight with everything stored"
+        f"size     {size['ratio']:.3f} of FP16, {size['effective_weight_bits']:.2f} bits a weight, everything counted"
     )
     console.print(
         f"speed    forward {speed['fp32_ms']:.0f} → {speed['quantized_ms']:.0f} ms, "
@@ -375,7 +378,8 @@ def _refuse_engine(job: Job) -> None:
     missing = missing_for_tensorrt() or "a version of qvdit without the engine builder"
     static = job.recipe.kind == "static"
     fix = (
-        f"copy {job.out} to a machine with TensorRT >= 10 and run: trtexec --onnx={job.out}/onnx/model.onnx"
+        f"copy {job.out} to a machine with TensorRT >= 10 and run there: "
+        f"trtexec --stronglyTyped --onnx={job.out}/tensorrt/model.onnx"
         if static
         else f"everything up to the engine is in {job.out}; its LowBitLinear nodes need the plugin, which this version "
         "does not have yet: use --target onnxruntime, or --recipe int8-static --bits w8a8, whose ONNX needs none"
@@ -389,7 +393,7 @@ def _quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not os.environ.get("QVDIT_DEBUG"):
         warnings.simplefilter("ignore")
-        for name in ("diffusers", "transformers", "torch", "modelopt"):
+        for name in ("diffusers", "transformers", "torch", "modelopt", "onnx_ir", "onnxscript"):
             logging.getLogger(name).setLevel(logging.ERROR)
 
 

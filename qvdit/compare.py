@@ -52,6 +52,7 @@ def run(comparison: Comparison, folder: Path, say: Say) -> list[dict[str, Any]]:
     say("full precision")
     reference = _reference_videos(pipeline, comparison, folder / "fp.safetensors")
     cells = [_cell(comparison, "fp", None, None, 0.0, reference, reference)]
+    write_json(folder / "cells" / "fp.json", cells[0])
     for bits in comparison.bits:
         for name in comparison.recipes:
             path = folder / "cells" / f"{name}-{bits}-{_budget(comparison, name)}.json"

@@ -14,7 +14,16 @@ from typing import Any
 import torch
 
 from qvdit.contract import Bits, QvditError, checkpoint
-from qvdit.contract.bundle import MANIFEST, ORT_MODEL, QDQ_MODEL, Manifest, write_manifest
+from qvdit.contract.bundle import (
+    MANIFEST,
+    ORT_MODEL,
+    PARITY_INPUTS,
+    PARITY_REFERENCE,
+    QDQ_MODEL,
+    TENSORRT_MODEL,
+    Manifest,
+    write_manifest,
+)
 from qvdit.contract.files import read_json, sha256, write_json
 from qvdit.contract.layer import Layer, WeightSize
 from qvdit.method import calibration, quantization, statistics
@@ -56,7 +65,7 @@ class JobSettings:
     distillation_steps: int | None = None
     rank: int | None = None
     layer_bits: dict[str, int] = field(default_factory=dict)
-    calibration: Path | None = None  # folder for calibration data and statistics, to share between bundles
+    calibration: Path | None = None  # folder of calibration data and statistics, OUT/work/calibration when absent
     videos: int = 3  # sampled by both models for the report
     threads: int = 2
 
@@ -76,11 +85,9 @@ class Job:
         self.out = settings.out
         self.work = self.out / "work"
         self._claim_output()
-        self.calibration_folder = settings.calibration or self.work
         self.stages = Stages(self.work / "stages", self.out)
-        self.calibration_stages = (
-            Stages(settings.calibration / "stages", settings.calibration) if settings.calibration else self.stages
-        )
+        self.calibration_folder = settings.calibration or self.work / "calibration"
+        self.calibration_stages = Stages(self.calibration_folder / "stages", self.calibration_folder)
 
     # What the stages share -------------------------------------------------------------------------------------------
 
@@ -97,7 +104,7 @@ class Job:
     @property
     def data(self) -> calibration.CalibrationData:
         """The calibration shards."""
-        folder = self.calibration_folder / "calibration"
+        folder = self.calibration_folder / "shards"
         return calibration.CalibrationData(
             tuple(folder / f"shard-{index:05d}.safetensors" for index in range(len(self.plan.prompts)))
         )
@@ -124,7 +131,7 @@ class Job:
 
     def calibrate(self, progress: Progress) -> None:
         """Sample the full-precision model and record its inputs."""
-        folder = self.calibration_folder / "calibration"
+        folder = self.calibration_folder / "shards"
         self.calibration_stages.run(
             "calibrate",
             [self.source.fingerprint, dataclasses.asdict(self.plan)],
@@ -135,7 +142,7 @@ class Job:
     def statistics(self, progress: Progress) -> None:
         """Statistics of every layer's input."""
         path = self.calibration_folder / "statistics.safetensors"
-        key = self.calibration_stages.key("calibrate")
+        key = self.calibration_stages.result("calibrate")
         # Partial sums of other data must not be taken up: they are kept under the data's key until they are whole.
         partial = path.with_name(f"statistics-{key[:12]}.partial.safetensors")
 
@@ -158,14 +165,12 @@ class Job:
                 self.pipeline.transformer, self.source.adapter, stats, self.data, job, progress
             )
             fields = (self.source.adapter.family, self.source.fingerprint, self.source.config)
-            checkpoint.save(
-                checkpoint.QuantizedCheckpoint(layers, *fields, self.recipe.name, str(self.bits)), folder
-            )
+            checkpoint.save(checkpoint.QuantizedCheckpoint(layers, *fields, self.recipe.name, str(self.bits)), folder)
 
         self.stages.run(
             "quantize",
             [
-                self.calibration_stages.key("statistics"),
+                self.calibration_stages.result("statistics"),
                 dataclasses.asdict(self.recipe),
                 str(self.bits),
                 steps,
@@ -189,24 +194,27 @@ class Job:
             widths = {site.name: transformer.get_submodule(site.name).out_features for site in sites}
             traced = trace(transformer, self.source.adapter, widths, self.example())
             written.extend(save_model(traced, self.work / "traced.onnx"))
-            written.extend(
-                save_model(graph.baseline_model(traced, self._full_weights()), self.work / "baseline.onnx")
-            )
+            written.extend(save_model(graph.baseline_model(traced, self._full_weights()), self.work / "baseline.onnx"))
 
-        self.stages.run("trace", self.calibration_stages.key("calibrate"), lambda: written, work)
+        self.stages.run("trace", self.calibration_stages.result("calibrate"), lambda: written, work)
 
     def export(self, progress: Progress) -> None:
         """Write the ONNX files and the manifest that makes the folder a bundle."""
         from qvdit.export.bundle import export_onnx
+        from qvdit.export.tensorrt import export_tensorrt
 
         written: list[Path] = []
 
         def work() -> None:
             (self.out / MANIFEST).unlink(missing_ok=True)
+            (self.out / TENSORRT_MODEL).unlink(missing_ok=True)  # perhaps of another recipe
             full = self._full_weights() if self._kept_layers() else {}
             written.extend(export_onnx(self.work / "traced.onnx", self.layers, full, self.out, progress))
+            if self.settings.target == "tensorrt":
+                example = {name: tensor.numpy() for name, tensor in self.example().items()}
+                written.extend(export_tensorrt(self.out / QDQ_MODEL, self.layers, example, self.out))
 
-        key = [self.stages.key("quantize"), self.stages.key("trace"), self.settings.target]
+        key = [self.stages.result("quantize"), self.stages.result("trace"), self.settings.target]
         self.stages.run("export", key, lambda: written, work)
         if not (self.out / MANIFEST).is_file():
             write_manifest(self.out, self._manifest())
@@ -218,13 +226,13 @@ class Job:
         def work() -> None:
             write_json(
                 self.work / "parity.json",
-                prove(self.pipeline.transformer, self.layers, self.example(), self.out, self.settings.threads, progress),
+                prove(
+                    self.pipeline.transformer, self.layers, self.example(), self.out, self.settings.threads, progress
+                ),
             )
 
-        from qvdit.contract.bundle import PARITY_INPUTS, PARITY_REFERENCE
-
         files = [self.out / PARITY_INPUTS, self.out / PARITY_REFERENCE, self.work / "parity.json"]
-        self.stages.run("parity", self.stages.key("export"), lambda: files, work)
+        self.stages.run("parity", self.stages.result("export"), lambda: files, work)
 
     def speed(self, progress: Progress) -> None:
         """Time one forward pass and one large linear in ONNX Runtime, full precision beside quantized."""
@@ -237,21 +245,22 @@ class Job:
             models = (self.work / "baseline.onnx", self.out / ORT_MODEL)
             write_json(path, measure_speed(*models, inputs, self.layers[0], self.settings.threads, progress))
 
-        self.stages.run("speed", [self.stages.key("export"), self.settings.threads], lambda: [path], work)
+        self.stages.run("speed", [self.stages.result("export"), self.settings.threads], lambda: [path], work)
 
     def quality(self, progress: Progress) -> None:
-        """Sample the same videos with both models and measure them; then write the report."""
+        """Sample the same videos with both models and measure them; then write the report from all stages."""
         from qvdit.judge import judge_videos
 
         path, videos = self.work / "quality.json", self.work / "videos.safetensors"
 
         def work() -> None:
-            write_json(path, judge_videos(self.pipeline, self.out, self._trial(), videos, self.settings.threads, progress))
+            write_json(
+                path, judge_videos(self.pipeline, self.out, self._trial(), videos, self.settings.threads, progress)
+            )
 
-        key = [self.stages.key("export"), dataclasses.asdict(self._trial())]
-        ran = self.stages.run("quality", key, lambda: [path, videos], work)
-        if ran or not (self.out / "report.html").is_file():
-            self.report()
+        key = [self.stages.result("export"), dataclasses.asdict(self._trial())]
+        self.stages.run("quality", key, lambda: [path, videos], work)
+        self.report()
 
     # The report ------------------------------------------------------------------------------------------------------
 
@@ -348,8 +357,9 @@ class Job:
 
     def _model_files(self) -> list[str]:
         names = [f"quantized/{checkpoint.CONFIG}", f"quantized/{checkpoint.WEIGHTS}", QDQ_MODEL, ORT_MODEL]
-        names += [f"{name}.data" for name in (QDQ_MODEL, ORT_MODEL) if (self.out / f"{name}.data").is_file()]
-        return names
+        names += [TENSORRT_MODEL] if self.settings.target == "tensorrt" else []
+        names += [f"{name}.data" for name in (QDQ_MODEL, ORT_MODEL, TENSORRT_MODEL)]
+        return [name for name in names if (self.out / name).is_file()]
 
     def _manifest(self) -> Manifest:
         adapter = self.source.adapter

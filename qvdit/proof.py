@@ -76,9 +76,7 @@ def prove(
 _COUNTS = ("xq_compared", "xq_mismatches", "acc_compared", "acc_mismatches")
 
 
-def _row(
-    found: LayerParity, frozen: FrozenLinear, full: torch.nn.Module, reference: LayerReference
-) -> dict[str, Any]:
+def _row(found: LayerParity, frozen: FrozenLinear, full: torch.nn.Module, reference: LayerReference) -> dict[str, Any]:
     """One layer of the report: parity, and how far quantization moved its output from full precision's."""
     exact = full(torch.from_numpy(reference.x)).numpy()
     row = dataclasses.asdict(found)

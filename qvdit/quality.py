@@ -24,7 +24,8 @@ class Trial:
     def fresh(count: int, seed: int, steps: int, guidance: float, without: tuple[str, ...] = ()) -> Trial:
         """Prompts of the drawn world that are not among ``without`` (those of calibration, say)."""
         generator = torch.Generator().manual_seed(seed)
-        known, prompts = set(without), []
+        known = set(without)
+        prompts: list[str] = []
         while len(prompts) < count:
             prompts += [s.prompt for s in world.SceneBatch.draw(count, generator).scenes() if s.prompt not in known]
         seeds = tuple(seed * 1_000_003 + i for i in range(count))

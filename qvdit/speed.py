@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +34,12 @@ def measure_speed(
     """
     models = [session(path, threads) for path in (full, quantized)]
     progress(0, 2)
-    forward = interleaved([lambda s=s: s.run(None, inputs) for s in models])
+    forward = interleaved([partial(s.run, None, inputs) for s in models])
     progress(1, 2)
     rng = np.random.default_rng(0)
     x = {"x": rng.standard_normal((1, LINEAR_TOKENS, LINEAR[1]), dtype=np.float32)}
     pair = [session(model.SerializeToString(), threads) for model in _linear_models(like, rng)]
-    linear = interleaved([lambda s=s: s.run(None, x) for s in pair])
+    linear = interleaved([partial(s.run, None, x) for s in pair])
     progress(2, 2)
     (fp32, fp32_spread), (low, low_spread) = forward
     (linear_fp32, _), (linear_low, _) = linear
@@ -95,7 +96,7 @@ def _random_layer(like: Layer, rng: np.random.Generator, bias: np.ndarray) -> La
     scale = rng.random(n, dtype=np.float32) * 0.01 + 0.001
     smooth = None if like.inv_smooth is None else rng.random(k, dtype=np.float32) + 0.5
     if isinstance(like, StaticInt8Layer):
-        return StaticInt8Layer("linear", weight_q, scale, np.float32(0.03).reshape(()), bias, smooth)
+        return StaticInt8Layer("linear", weight_q, scale, np.array(0.03, np.float32), bias, smooth)
     frames = 0 if like.frame_gain is None else len(like.frame_gain)
     return LowBitLayer(
         name="linear",

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qvdit import __version__
 from qvdit.contract.files import sha256, write_json
+from qvdit.system import tool_versions
 
 
 @dataclass(frozen=True)
@@ -33,19 +33,19 @@ class Stages:
     def __init__(self, folder: Path, root: Path):
         self.folder, self.root = folder, root
         self.costs: dict[str, StageCost] = {}
-        self._keys: dict[str, str] = {}
+        self._results: dict[str, str] = {}
 
     def run(self, name: str, depends: Any, files: Callable[[], list[Path]], work: Callable[[], object]) -> bool:
         """Do ``work`` unless it was done with the same ``depends``; returns whether it was done now.
 
-        depends: JSON-able; name earlier stages in it through :meth:`key`. files: what the stage leaves behind.
+        depends: JSON-able; name earlier stages in it through :meth:`result`. files: what the stage leaves behind.
         """
-        key = _digest([__version__, name, depends])
-        self._keys[name] = key
+        key = _digest([tool_versions(), name, depends])
         marker = self.folder / f"{name}.json"
         done = self._finished(marker, key)
         if done is not None:
             self.costs[name] = StageCost(done["seconds"], done["peak_memory_bytes"], True)
+            self._results[name] = _digest(done["files"])
             return False
         marker.unlink(missing_ok=True)
         _reset_peak_memory()
@@ -55,11 +55,12 @@ class Stages:
         written = {str(path.relative_to(self.root)): sha256(path) for path in files()}
         write_json(marker, {"key": key, "files": written, **asdict(cost)})
         self.costs[name] = cost
+        self._results[name] = _digest(written)
         return True
 
-    def key(self, name: str) -> str:
-        """The key of a stage of this job, for later stages to depend on."""
-        return self._keys[name]
+    def result(self, name: str) -> str:
+        """A digest of what a stage of this job left behind, for later stages to depend on."""
+        return self._results[name]
 
     def _finished(self, marker: Path, key: str) -> dict[str, Any] | None:
         try:

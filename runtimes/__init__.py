@@ -1,7 +1,7 @@
 """Execution: sessions and drop-in transformers. Needs numpy and the one engine that is used; never torch.
 
-    transformer = qvdit.runtimes.load("out/wan-shapes-w4a8")     # a drop-in for a diffusers pipeline
-    pipe.transformer = transformer
+transformer = qvdit.runtimes.load("out/wan-shapes-w4a8")     # a drop-in for a diffusers pipeline
+pipe.transformer = transformer
 """
 
 from __future__ import annotations

@@ -38,6 +38,8 @@ def session(model: bytes | Path, threads: int | None = None) -> onnxruntime.Infe
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.log_severity_level = 3
+    # Idle threads would go on spinning after a run and take the cores from whoever computes next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if saturates():
         # u8 x u8 for 8-bit weights: slower, exact.
         options.add_session_config_entry("session.x64quantprecision", "1")
@@ -47,7 +49,9 @@ def session(model: bytes | Path, threads: int | None = None) -> onnxruntime.Infe
     except Exception as error:  # onnxruntime raises its own classes, without a common base
         name = "the model" if isinstance(model, bytes) else str(model)
         text = " ".join(str(error).split())
-        raise QvditError(f"{name}, which ONNX Runtime refuses ({text})", "a model it can run", "export it again") from None
+        raise QvditError(
+            f"{name}, which ONNX Runtime refuses ({text})", "a model it can run", "export it again"
+        ) from None
 
 
 class OnnxRuntimeSession:

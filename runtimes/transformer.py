@@ -75,7 +75,9 @@ class RuntimeTransformer:
         """
         unknown = {k for k, v in others.items() if v is not None and k not in _HARMLESS}
         if unknown:
-            raise QvditError(f"argument {sorted(unknown)[0]!r}", "only what the model was exported with", "leave it out")
+            raise QvditError(
+                f"argument {sorted(unknown)[0]!r}", "only what the model was exported with", "leave it out"
+            )
         output = self.session.infer(
             {
                 "hidden_states": _numpy(hidden_states),

@@ -13,7 +13,7 @@ from qvdit.contract.files import inside, read_json, sha256, write_json
 SCHEMA = 1
 MANIFEST = "manifest.json"
 QDQ_MODEL, ORT_MODEL = "onnx/model.onnx", "onnx/model.ort.onnx"
-BASELINE_MODEL = "onnx/baseline.onnx"
+TENSORRT_MODEL = "tensorrt/model.onnx"
 PARITY_INPUTS, PARITY_REFERENCE = "parity/inputs.safetensors", "parity/reference.safetensors"
 
 
@@ -58,7 +58,9 @@ def verify(bundle: Path) -> Manifest:
     for name, expected in manifest.files.items():
         path = inside(bundle, name)
         if not path.is_file():
-            raise QvditError(f"a bundle without {name}", "every file that its manifest names", "export or copy it again")
+            raise QvditError(
+                f"a bundle without {name}", "every file that its manifest names", "export or copy it again"
+            )
         found = sha256(path)
         if found != expected:
             raise QvditError(

@@ -44,7 +44,7 @@ def save(checkpoint: QuantizedCheckpoint, folder: Path) -> None:
         for field, value in arrays(layer).items():
             if field == "weight_q":
                 value = packing.pack(value, layer.weight_bits, getattr(layer, "weight_zero", None))
-            tensors[f"{layer.name}:{field}"] = np.ascontiguousarray(value)
+            tensors[f"{layer.name}:{field}"] = np.asarray(value, order="C")
         described.append(_describe(layer))
     write_atomic(folder / WEIGHTS, lambda temporary: save_file(tensors, temporary))
     fields = {f.name: getattr(checkpoint, f.name) for f in dataclasses.fields(checkpoint) if f.name != "layers"}
@@ -62,7 +62,9 @@ def load(folder: Path) -> QuantizedCheckpoint:
         fields = {f.name for f in dataclasses.fields(QuantizedCheckpoint)} - {"layers"}
         return QuantizedCheckpoint(layers=layers, **{name: config[name] for name in fields})
     except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise QvditError(f"a damaged checkpoint in {folder} ({error})", "a whole one", "quantize the model again") from None
+        raise QvditError(
+            f"a damaged checkpoint in {folder} ({error})", "a whole one", "quantize the model again"
+        ) from None
 
 
 def _describe(layer: Layer) -> dict[str, Any]:
@@ -81,11 +83,17 @@ def _describe(layer: Layer) -> dict[str, Any]:
 def _restore(described: dict[str, Any], tensors: dict[str, np.ndarray]) -> Layer:
     name = described["name"]
     prefix = f"{name}:"
-    held = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+    held: dict[str, Any] = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
     static = described["kind"] == StaticInt8Layer.kind
     bits = 8 if static else described["weight_bits"]
     held["weight_q"] = packing.unpack(held["weight_q"], bits, described["k"])
     if static:
         return StaticInt8Layer(name=name, **held)
-    fields = {key: described[key] for key in ("weight_bits", "act_bits", "act_symmetric")}
-    return LowBitLayer(name=name, rows=FrameRows(described["rows"]), **fields, **held)
+    return LowBitLayer(
+        name=name,
+        weight_bits=described["weight_bits"],
+        act_bits=described["act_bits"],
+        act_symmetric=described["act_symmetric"],
+        rows=FrameRows(described["rows"]),
+        **held,
+    )

@@ -17,6 +17,7 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
     write(temporary)
+    temporary.chmod(0o644)  # safetensors writes for the owner alone; a bundle is made to be copied and served
     with temporary.open("rb+") as file:
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -55,5 +56,7 @@ def inside(folder: Path, name: str) -> Path:
     """``folder / name``, refused where it would leave the folder."""
     path = (folder / name).resolve()
     if not path.is_relative_to(folder.resolve()):
-        raise QvditError(f"the path {name!r}", f"a file inside {folder}", "do not use this bundle: it was tampered with")
+        raise QvditError(
+            f"the path {name!r}", f"a file inside {folder}", "do not use this bundle: it was tampered with"
+        )
     return path

@@ -41,7 +41,9 @@ def unpack(words: np.ndarray, bits: int, k: int) -> np.ndarray:
     """The inverse of :func:`pack`: uint32 [N, b·K_pad/32] → int8 [N, k]."""
     n = words.shape[0]
     if words.ndim != 2 or words.shape[1] != packed_words(k, bits):
-        raise ValueError(f"packed weights have shape {words.shape}, {k} values of {bits} bits need {packed_words(k, bits)} words")
+        raise ValueError(
+            f"packed weights have shape {words.shape}, {k} values of {bits} bits need {packed_words(k, bits)} words"
+        )
     out = np.empty((n, k), np.int8)
     for start in range(0, n, _ROWS_AT_ONCE):
         block = np.ascontiguousarray(words[start : start + _ROWS_AT_ONCE]).astype("<u4").view(np.uint8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -61,8 +62,12 @@ class ModelParity:
 
 def relative_error(value: np.ndarray, reference: np.ndarray) -> float:
     """‖value - reference‖ / ‖reference‖ in float64."""
-    difference = np.linalg.norm(value.astype(np.float64) - reference.astype(np.float64))
-    return float(difference / max(np.linalg.norm(reference.astype(np.float64)), 1e-30))
+    difference = _norm(value.astype(np.float64) - reference.astype(np.float64))
+    return difference / max(_norm(reference.astype(np.float64)), 1e-30)
+
+
+def _norm(value: np.ndarray) -> float:
+    return float(np.linalg.norm(value))
 
 
 def compare_layer(reference: LayerReference, found: LayerOutputs) -> LayerParity:
@@ -84,7 +89,7 @@ def compare_layer(reference: LayerReference, found: LayerOutputs) -> LayerParity
 def compare_models(runtime: np.ndarray, quantized: np.ndarray, full: np.ndarray) -> ModelParity:
     """Compare outputs of whole models on the same input."""
     r, q = runtime.astype(np.float64).ravel(), quantized.astype(np.float64).ravel()
-    cosine = float(r @ q / max(np.linalg.norm(r) * np.linalg.norm(q), 1e-30))
+    cosine = float(r @ q) / max(_norm(r) * _norm(q), 1e-30)
     return ModelParity(
         rel_err=relative_error(runtime, quantized),
         cosine=cosine,
@@ -121,8 +126,8 @@ def save_reference(saved: SavedParity, bundle: Path) -> None:
         if layer.outputs.acc is not None:
             reference[f"layer:{layer.name}:acc"] = layer.outputs.acc.astype(np.int32)
     for name, tensors in ((PARITY_INPUTS, inputs), (PARITY_REFERENCE, reference)):
-        contiguous = {key: np.ascontiguousarray(value) for key, value in tensors.items()}
-        write_atomic(bundle / name, lambda temporary, t=contiguous: save_file(t, temporary))
+        contiguous = {key: np.asarray(value, order="C") for key, value in tensors.items()}
+        write_atomic(bundle / name, partial(save_file, contiguous))
 
 
 def load_reference(bundle: Path) -> SavedParity:

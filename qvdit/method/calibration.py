@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ def record(
         if not _matches(shard, prompt):
             tensors = _record_one(pipeline, adapter, plan, prompt, plan.seed + index)
             _check(tensors, prompt)
-            write_atomic(shard, lambda temporary, t=tensors, p=prompt: save_file(t, temporary, {"prompt": p}))
+            write_atomic(shard, partial(save_file, tensors, metadata={"prompt": prompt}))
         shards.append(shard)
     progress(len(plan.prompts), len(plan.prompts))
     return CalibrationData(tuple(shards))

@@ -3,7 +3,7 @@
     L = MSE(student, teacher) + λ · KL( softmax(G_teacher) ‖ softmax(G_student) ),   G = F Fᵀ
 
 F: [B, T, D], one L2-normalised feature a frame; G: [B, T, T]. Source: Q-VDiT (arXiv 2505.22167). Its authors' code
-reshapes [B, C, T, H, W] to [B, T, -1] without a permutation, so that a "frame" is half of a channel; here it is a frame.
+reshapes [B, C, T, H, W] to [B, T, -1] without a permutation, so that a "frame" is half of a channel; here it is one.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -33,7 +34,8 @@ def relation_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
 
 
 def _parameter_groups(layers: Iterable[TrainableLinear], block: DistillationBlock) -> list[dict[str, object]]:
-    scales, others = [], []
+    scales: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
     for layer in layers:
         for name, parameter in layer.named_parameters():
             (scales if name == "log_scale" else others).append(parameter)
@@ -48,7 +50,7 @@ def distil(
     teacher: torch.nn.Module,
     layers: list[TrainableLinear],
     adapter: ModelAdapter,
-    config: dict[str, object],
+    config: dict[str, Any],
     inputs: dict[str, torch.Tensor],  # calibration records on the model's device
     block: DistillationBlock,
     steps: int,
@@ -89,7 +91,7 @@ def _loss(
     student: torch.nn.Module,
     teacher: torch.nn.Module,
     adapter: ModelAdapter,
-    config: dict[str, object],
+    config: dict[str, Any],
     batch: dict[str, torch.Tensor],
     relation_weight: float,
 ) -> torch.Tensor:

@@ -36,6 +36,11 @@ class FrozenLinear(torch.nn.Module):
 class LowBitLinear(FrozenLinear):
     """``qvdit::LowBitLinear`` by its reference definition."""
 
+    weight_q: torch.Tensor
+    weight_scale: torch.Tensor
+    alpha: torch.Tensor
+    beta: torch.Tensor
+
     def __init__(self, layer: LowBitLayer):
         super().__init__(layer)
         self.low_bit = layer
@@ -48,9 +53,7 @@ class LowBitLinear(FrozenLinear):
 
     def quantize(self, x: torch.Tensor) -> operator.QuantizedRows:
         """x_q, s_x and z_x of an input."""
-        return operator.quantize_rows(
-            x, self.low_bit.act_bits, self.low_bit.act_symmetric, self.optional("inv_smooth")
-        )
+        return operator.quantize_rows(x, self.low_bit.act_bits, self.low_bit.act_symmetric, self.optional("inv_smooth"))
 
     def accumulate(self, rows: operator.QuantizedRows) -> torch.Tensor:
         """The exact integers Σ (x_q - z_x)(weight_q - weight_zero)."""
@@ -61,13 +64,15 @@ class LowBitLinear(FrozenLinear):
         term = None
         if self.low_bit.rank:
             term = operator.rank_term(rows, self.alpha, self.beta, self.optional("frame_gain"), self.low_bit.rows)
-        return operator.finish(
-            rows, self.accumulate(rows), self.weight_scale, term, self.optional("bias"), x.dtype
-        )
+        return operator.finish(rows, self.accumulate(rows), self.weight_scale, term, self.optional("bias"), x.dtype)
 
 
 class StaticInt8Linear(FrozenLinear):
     """Plain static INT8: what QuantizeLinear/DequantizeLinear around a MatMul compute."""
+
+    weight_q: torch.Tensor
+    weight_scale: torch.Tensor
+    act_scale: torch.Tensor
 
     def __init__(self, layer: StaticInt8Layer):
         super().__init__(layer)

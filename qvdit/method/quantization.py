@@ -34,7 +34,7 @@ class QuantizationJob:
 
 
 def quantize(
-    transformer: torch.nn.Module,
+    transformer: Any,
     adapter: ModelAdapter,
     statistics: Statistics,
     data: CalibrationData,
@@ -49,11 +49,15 @@ def quantize(
         from qvdit.method.static import quantize_static
 
         if job.bits != Bits(8, 8):
-            raise QvditError(f"--bits {job.bits} with recipe {job.recipe.name}", "w8a8", "the static recipe is INT8 only")
+            raise QvditError(
+                f"--bits {job.bits} with recipe {job.recipe.name}", "w8a8", "the static recipe is INT8 only"
+            )
         return quantize_static(transformer, adapter, data, progress)
     sites = [s for s in adapter.sites(transformer) if job.recipe.weight_bits(s.name, job.bits.weight) != 16]
     if not sites:
-        raise QvditError("layer bits that keep every layer in full precision", "at least one quantized layer", "relax them")
+        raise QvditError(
+            "layer bits that keep every layer in full precision", "at least one quantized layer", "relax them"
+        )
     total = len(sites) + job.distillation_steps
     frames = adapter.frames(dict(transformer.config), next(data.batches()))
     scales = _smoothing(transformer, sites, statistics, job)
@@ -72,7 +76,7 @@ def quantize(
 
 
 def _smoothing(
-    transformer: torch.nn.Module, sites: list[Site], statistics: Statistics, job: QuantizationJob
+    transformer: Any, sites: list[Site], statistics: Statistics, job: QuantizationJob
 ) -> dict[str, torch.Tensor]:
     """The smoothing scale s [K] of every site, by name; empty where smoothing is off."""
     strength = job.recipe.smoothing_strength(job.bits)
@@ -91,7 +95,7 @@ def _smoothing(
 
 
 def _start(
-    transformer: torch.nn.Module,
+    transformer: Any,
     site: Site,
     statistics: Statistics,
     smooth: torch.Tensor | None,
@@ -165,11 +169,13 @@ def _has_gain(site: Site, recipe: Recipe) -> bool:
 
 
 @torch.no_grad()
-def _fit_gains(transformer: torch.nn.Module, layers: list[TrainableLinear], data: CalibrationData, frames: int) -> None:
+def _fit_gains(transformer: Any, layers: list[TrainableLinear], data: CalibrationData, frames: int) -> None:
     """Least-squares frame gains, from the full-precision model's activations on a few recorded steps."""
     fits = {layer.name: tqe.GainFit(frames, layer.rows) for layer in layers}
 
     def gather(layer: TrainableLinear, x: torch.Tensor) -> None:
+        assert layer.alpha is not None
+        assert layer.beta is not None
         scaled = x.float() if layer.inv_smooth is None else x.float() * layer.inv_smooth
         linear = transformer.get_submodule(layer.name)
         exact = torch.nn.functional.linear(x.float(), linear.weight.float(), linear.bias)
@@ -195,7 +201,7 @@ def _fit_gains(transformer: torch.nn.Module, layers: list[TrainableLinear], data
 
 
 def _distil(
-    transformer: torch.nn.Module,
+    transformer: Any,
     adapter: ModelAdapter,
     layers: list[TrainableLinear],
     data: CalibrationData,
@@ -207,7 +213,7 @@ def _distil(
     student: Any = copy.deepcopy(transformer)
     generator = torch.Generator().manual_seed(job.seed)
     for layer in layers:
-        layer.add_inner_term(min(job.recipe.tqe.inner_rank, *layer.weight.shape), generator)
+        layer.add_inner_term(min(job.recipe.tqe.inner_rank, layer.in_features, layer.out_features), generator)
     replace_linears(student, {layer.name: layer.to(device) for layer in layers})
     student.requires_grad_(False)
     distil(

@@ -76,7 +76,9 @@ class Recipe:
     smoothing: SmoothingBlock = field(default_factory=SmoothingBlock)
     tqe: TqeBlock = field(default_factory=TqeBlock)
     distillation: DistillationBlock = field(default_factory=DistillationBlock)
-    layer_bits: dict[str, int] = field(default_factory=dict)  # glob over layer names → weight bits, 16 keeps it; first match
+    layer_bits: dict[str, int] = field(
+        default_factory=dict
+    )  # glob over layer names → weight bits, 16 keeps it; first match
 
     def weight_bits(self, layer: str, default: int) -> int:
         """Weight bits of a layer: the first pattern that matches, else the default."""
@@ -87,7 +89,7 @@ class Recipe:
         return self.smoothing.by_bits.get(str(bits), self.smoothing.strength)
 
     def distillation_steps(self, device: str, asked: int | None = None) -> int:
-        """The budget on a device ("cpu" or "cuda"); what the user asked for wins, except for a method that does not train."""
+        """The budget on a device ("cpu" or "cuda"): what was asked for, or the recipe's; 0 if it does not train."""
         if not self.distillation.steps:
             return 0
         return self.distillation.steps.get(device, 0) if asked is None else asked
@@ -169,5 +171,3 @@ def _is(kind: type, value: Any) -> bool:
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-
-

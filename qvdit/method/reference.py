@@ -28,7 +28,7 @@ def quantized_transformer(transformer: torch.nn.Module, layers: tuple[Layer, ...
 
 @torch.no_grad()
 def visit_layers(model: torch.nn.Module, inputs: dict[str, torch.Tensor], visit: Visit) -> torch.Tensor:
-    """Run a quantized transformer and hand every layer's reference to ``visit`` as it is computed; returns the output."""
+    """Run a quantized transformer, hand every layer's reference to ``visit`` as it is computed, return the output."""
     frozen = {name: module for name, module in model.named_modules() if isinstance(module, FrozenLinear)}
     handles = [
         module.register_forward_pre_hook(lambda module, args: visit(layer_reference(module, args[0])))

@@ -1,4 +1,4 @@
-"""Smoothing: moving the outliers of an input's features into the weights that read it (SmoothQuant, arXiv 2211.10438)."""
+"""Smoothing (SmoothQuant, arXiv 2211.10438): an input's outlying features move into the weights that read it."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import warnings
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ def quantize_static(
 
 
 @torch.no_grad()
-def _freeze(name: str, linear: torch.nn.Module) -> StaticInt8Layer:
+def _freeze(name: str, linear: Any) -> StaticInt8Layer:
     scale = (linear.weight_quantizer.amax.float().flatten() / _QMAX).clamp(min=1e-8)
     weight_q = torch.round(linear.weight.float() / scale[:, None]).clamp(-_QMAX, _QMAX).to(torch.int8)
     smooth = getattr(linear.input_quantizer, "pre_quant_scale", None)
@@ -54,7 +55,7 @@ def _freeze(name: str, linear: torch.nn.Module) -> StaticInt8Layer:
         name=name,
         weight_q=weight_q.cpu().numpy(),
         weight_scale=scale.cpu().numpy(),
-        act_scale=np.float32(linear.input_quantizer.amax.float().item() / _QMAX).reshape(()),
+        act_scale=np.array(linear.input_quantizer.amax.float().item() / _QMAX, np.float32),
         bias=None if linear.bias is None else linear.bias.float().cpu().numpy(),
         inv_smooth=None if smooth is None else smooth.float().flatten().cpu().numpy(),
     )

@@ -86,13 +86,11 @@ def collect(
     device = next(transformer.parameters()).device
     sums = _Sums()
     done = sums.load(path, device)
-    first_reader = {}
+    first_reader: dict[str, str] = {}
     for site in sites:
         first_reader.setdefault(site.shared_input, site.name)
     handles = [
-        transformer.get_submodule(reader).register_forward_pre_hook(
-            lambda _, args, name=name: sums.add(name, args[0])
-        )
+        transformer.get_submodule(reader).register_forward_pre_hook(lambda _, args, name=name: sums.add(name, args[0]))
         for name, reader in first_reader.items()
     ]
     try:
@@ -123,5 +121,7 @@ def load(path: Path) -> Statistics:
         inputs.setdefault(name, {})[field] = (total / sums.batches).float()
     for name, fields in inputs.items():
         if not all(tensor.isfinite().all() for tensor in fields.values()):
-            raise QvditError(f"NaN or Inf in the statistics of {name}", "finite activations", "check the model's weights")
+            raise QvditError(
+                f"NaN or Inf in the statistics of {name}", "finite activations", "check the model's weights"
+            )
     return Statistics({name: InputStatistics(**fields) for name, fields in inputs.items()})

@@ -14,8 +14,8 @@ from qvdit.method.weights import damped
 def best_correction(error: torch.Tensor, second_moment: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
     """alpha [K, R] and beta [R, N] that minimise E‖(error - betaᵀ alphaᵀ) x‖².
 
-    error: W - Ŵ, float32 [N, K]. second_moment: E[x xᵀ] [K, K] = S Sᵀ. By Eckart-Young the answer is the truncated SVD of
-    error · S, with S taken back out of its right factor.
+    error: W - Ŵ, float32 [N, K]. second_moment: E[x xᵀ] [K, K] = S Sᵀ. By Eckart-Young the answer is the truncated SVD
+    of error · S, with S taken back out of its right factor.
     """
     root = torch.linalg.cholesky(damped(second_moment, 1e-4))
     u, sigma, vt = torch.linalg.svd(error.double() @ root, full_matrices=False)
@@ -28,7 +28,7 @@ def best_correction(error: torch.Tensor, second_moment: torch.Tensor, rank: int)
 class GainFit:
     """Least-squares gain of one layer's rank-R term for every frame, gathered over batches.
 
-    For frame t: the g that minimises Σ ‖e - g·d‖², e = (W - Ŵ) x the error to correct, d = (x alpha) beta the correction.
+    For frame t: the g that minimises Σ ‖e - g·d‖², e = (W - Ŵ) x being the error, d = (x alpha) beta its correction.
     """
 
     def __init__(self, frames: int, rows: FrameRows):

@@ -25,6 +25,10 @@ def round_through(x: torch.Tensor) -> torch.Tensor:
 class TrainableLinear(torch.nn.Module):
     """A linear that is quantized in every forward pass, with what can be trained as parameters."""
 
+    weight: torch.Tensor
+    zero: torch.Tensor
+    inv_smooth: torch.Tensor | None
+
     def __init__(
         self,
         name: str,
@@ -102,20 +106,22 @@ class TrainableLinear(torch.nn.Module):
     def fold(self) -> LowBitLayer:
         """Freeze: B·A disappears into the integers, everything else becomes an array of the operator."""
         grid = self.grid
+        used = self.beta is not None and bool(self.beta.any())  # a term that was never trained corrects nothing
+        alpha, beta, gain = (self.alpha, self.beta, self.gain) if used else (None, None, None)
         return LowBitLayer(
             name=self.name,
             weight_bits=self.weight_bits,
             act_bits=self.act_bits,
             act_symmetric=self.act_symmetric,
-            rows=self.rows if self.gain is not None else FrameRows.NONE,
+            rows=self.rows if gain is not None else FrameRows.NONE,
             weight_q=grid.quantize(self.latent_weight()).to(torch.int8).cpu().numpy(),
             weight_scale=_array(grid.scale),
             weight_zero=self.zero.to(torch.int8).cpu().numpy() if bool(self.zero.any()) else None,
             bias=None if self.bias is None else _array(self.bias),
             inv_smooth=None if self.inv_smooth is None else _array(self.inv_smooth),
-            alpha=None if self.alpha is None else _array(self.alpha),
-            beta=None if self.beta is None else _array(self.beta),
-            frame_gain=None if self.gain is None else _array(self.gain),
+            alpha=None if alpha is None else _array(alpha),
+            beta=None if beta is None else _array(beta),
+            frame_gain=None if gain is None else _array(gain),
         )
 
 

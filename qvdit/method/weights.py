@@ -40,9 +40,7 @@ class WeightGrid:
         return (weight_q - self.zero[:, None]) * self.scale[:, None]
 
 
-def search_grid(
-    weight: torch.Tensor, bits: int, symmetric: bool, importance: torch.Tensor | None = None
-) -> WeightGrid:
+def search_grid(weight: torch.Tensor, bits: int, symmetric: bool, importance: torch.Tensor | None = None) -> WeightGrid:
     """The grid, over ratios of the channel's range, with the least Σ_k importance_k (w_k - ŵ_k)².
 
     weight: float32 [N, K]. importance: [K], the mean square of each input feature; equal weights when absent.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -32,7 +32,7 @@ class ModelAdapter(ABC):
     family: str  # short name
     class_name: str  # of diffusers
     inputs: tuple[str, ...]  # tensor inputs of forward, by diffusers' names, in order
-    dynamic_axes: dict[str, dict[int, str]]  # which dimensions of the inputs vary: axis → name
+    dynamic_axes: ClassVar[dict[str, dict[int, str]]]  # which dimensions of the inputs vary: axis → name
 
     @abstractmethod
     def sites(self, model: torch.nn.Module) -> list[Site]:

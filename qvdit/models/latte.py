@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from torch.export import Dim
 
 from qvdit.contract import FrameRows
 from qvdit.models.adapter import ModelAdapter, Site, frames_first
@@ -17,7 +18,7 @@ class LatteAdapter(ModelAdapter):
     class_name = "LatteTransformer3DModel"
     inputs = ("hidden_states", "timestep", "encoder_hidden_states")
     # Positions are a table of the configuration's size: only the batch and the text vary.
-    dynamic_axes = {
+    dynamic_axes: ClassVar[dict[str, dict[int, str]]] = {
         "hidden_states": {0: "batch"},
         "timestep": {0: "batch"},
         "encoder_hidden_states": {0: "batch", 1: "text_tokens"},
@@ -37,8 +38,6 @@ class LatteAdapter(ModelAdapter):
         return frames_first(output, frames)
 
     def export_shapes(self, config: dict[str, Any], inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
-        from torch.export import Dim
-
         batch = Dim("batch", min=1, max=4096)
         return {
             "hidden_states": {0: batch},

@@ -33,6 +33,9 @@ class SourceModel:
 
     def load(self, device: torch.device | str = "cpu") -> Any:
         """The pipeline with float32 weights on a device, in evaluation mode."""
+        from diffusers.utils import logging as diffusers_logging
+
+        diffusers_logging.disable_progress_bar()
         pipeline = _pipeline_class(self.path).from_pretrained(self.path, use_safetensors=True, dtype=torch.float32)
         pipeline.set_progress_bar_config(disable=True)
         pipeline.transformer.eval().requires_grad_(False)

@@ -96,7 +96,7 @@ def attributes(seen: Observation, scenes: world.SceneBatch) -> dict[str, torch.T
 
 
 def _against_first_and_previous(features: torch.Tensor) -> torch.Tensor:
-    """VBench's consistency: mean cosine of every frame's feature with the first and the previous one's, [B, T, D] → [B]."""
+    """VBench's consistency: mean cosine of a frame's feature with the first and the previous one's, [B, T, D] → [B]."""
     unit = torch.nn.functional.normalize(features, dim=-1)
     first = (unit[:, 1:] * unit[:, :1]).sum(-1)
     previous = (unit[:, 1:] * unit[:, :-1]).sum(-1)

@@ -63,9 +63,7 @@ class Scene:
         return f"a {self.colour} {self.shape} moving {self.direction} on a {self.background} background"
 
 
-_PROMPT = re.compile(
-    r"a (?P<colour>\S+) (?P<shape>\S+) moving (?P<direction>\S+) on a (?P<background>\S+) background"
-)
+_PROMPT = re.compile(r"a (?P<colour>\S+) (?P<shape>\S+) moving (?P<direction>\S+) on a (?P<background>\S+) background")
 
 
 def parse_prompt(prompt: str) -> Scene:
@@ -76,11 +74,8 @@ def parse_prompt(prompt: str) -> Scene:
             f"prompt {prompt!r}: expected 'a <colour> <shape> moving <direction> on a <background> background'"
         )
     scene = Scene(**match.groupdict())
-    for word, known in zip(
-        (scene.shape, scene.colour, scene.direction, scene.background),
-        (SHAPES, COLOURS, DIRECTIONS, BACKGROUNDS),
-        strict=True,
-    ):
+    tables = ((scene.shape, SHAPES), (scene.colour, COLOURS), (scene.direction, DIRECTIONS))
+    for word, known in (*tables, (scene.background, BACKGROUNDS)):
         if word not in known:
             raise ValueError(f"prompt {prompt!r}: {word!r} is not one of {', '.join(known)}")
     return scene
@@ -109,9 +104,7 @@ class SceneBatch:
     def draw(count: int, generator: torch.Generator) -> SceneBatch:
         """Draw scenes uniformly; B = count, on the generator's device."""
         sizes = (len(SHAPES), len(COLOURS), len(DIRECTIONS), len(BACKGROUNDS))
-        return SceneBatch(
-            *(torch.randint(n, (count,), generator=generator, device=generator.device) for n in sizes)
-        )
+        return SceneBatch(*(torch.randint(n, (count,), generator=generator, device=generator.device) for n in sizes))
 
     def scenes(self) -> list[Scene]:
         """The batch as scenes with names."""

@@ -1,0 +1,249 @@
+"""Tiny random models, and what is too slow to make more than once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# One thread everywhere, subprocesses included: the tests share the cores, and sums keep their order.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from filelock import FileLock
+
+torch.set_num_threads(1)
+
+FRAMES, SIZE = 16, 32  # of the drawn world's videos
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """``shared(name, make)``: a folder that ``make(folder)`` fills once for all workers. Nobody writes into it later."""
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent
+
+    def build(name: str, make: Callable[[Path], object]) -> Path:
+        folder, done = root / "shared" / name, root / f"{name}.done"
+        with FileLock(root / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.parent.mkdir(exist_ok=True)
+                make(folder)
+                done.touch()
+        return folder
+
+    return build
+
+
+def wan(**changes: Any) -> Any:
+    """A random Wan transformer: 20 linears to quantize, 256 video tokens for a video of the drawn world."""
+    from diffusers import WanTransformer3DModel
+
+    torch.manual_seed(0)
+    shape = {
+        "patch_size": (1, 8, 8),
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "in_channels": 3,
+        "out_channels": 3,
+        "text_dim": 64,
+        "freq_dim": 32,
+        "ffn_dim": 48,
+        "num_layers": 2,
+        "rope_max_seq_len": 64,
+    }
+    return WanTransformer3DModel(**{**shape, **changes}).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def tiny_wan() -> Any:
+    """A random Wan transformer; copy it to change it."""
+    return wan()
+
+
+@pytest.fixture(scope="session")
+def tiny_latte() -> Any:
+    """A random Latte transformer of 4 frames, one spatial and one temporal block; copy it to change it."""
+    from diffusers import LatteTransformer3DModel
+
+    torch.manual_seed(1)
+    model = LatteTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=8,
+        num_layers=1,
+        cross_attention_dim=32,
+        attention_bias=True,
+        sample_size=8,
+        patch_size=2,
+        activation_fn="gelu-approximate",
+        num_embeds_ada_norm=1000,
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+        norm_eps=1e-6,
+        caption_channels=24,
+        video_length=4,
+    )
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def save_pipeline() -> Callable[[Path, Any], Path]:
+    """``save_pipeline(folder, transformer)``: a PixelVideoPipeline on disk."""
+
+    def save(folder: Path, transformer: Any) -> Path:
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        from qvdit.reference.pipeline import PixelVideoPipeline, PromptTable
+
+        table = PromptTable.draw(torch.Generator().manual_seed(0))
+        PixelVideoPipeline(transformer, FlowMatchEulerDiscreteScheduler(), table).save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def wan_folder(shared: Any, save_pipeline: Any) -> Path:
+    """A PixelVideoPipeline with ``tiny_wan`` on disk."""
+    return shared("tiny-wan", lambda folder: save_pipeline(folder, wan()))
+
+
+@pytest.fixture(scope="session")
+def make_job(wan_folder: Path) -> Callable[..., Any]:
+    """``make_job(out, observe, **settings)``: a job on the tiny pipeline, two prompts and two steps."""
+
+    def make(out: Path, observe: Any = None, **settings: Any) -> Any:
+        from qvdit.job import Job, JobSettings, unobserved
+
+        small = {"prompt_count": 2, "steps": 2, "records": 2, "videos": 1, "device": "cpu", "threads": 1}
+        return Job(JobSettings(**{"model": str(wan_folder), "out": out, **small, **settings}), observe or unobserved)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def bundle(shared: Any, make_job: Any) -> Path:
+    """What the whole job leaves of the tiny pipeline: recipe qvdit, w4a8. Copy it to change it."""
+
+    def make(out: Path) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("qvdit.speed.LINEAR", (96, 64))
+            make_job(out).run()
+
+    return shared("bundle", make)
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """``cli("qvdit", "inspect", …)``: a console script in this process; exit status, stdout and stderr."""
+
+    def call(script: str, *arguments: object) -> tuple[int, str, str]:
+        from qvdit.cli import main, main_export
+
+        monkeypatch.setattr("sys.argv", [script, *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            {"qvdit": main, "qvdit-export": main_export}[script]()
+            code: Any = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, *capfd.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def example_inputs() -> Callable[..., dict[str, torch.Tensor]]:
+    """Random inputs: ``example_inputs(channels, frames, height, width, batch=…, text=…, text_dim=…)``."""
+
+    def draw(
+        shape: tuple[int, int, int, int], text_dim: int, batch: int = 2, text: int = 4, seed: int = 0
+    ) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return {
+            "hidden_states": torch.randn(batch, *shape, generator=generator),
+            "timestep": torch.rand(batch, generator=generator) * 1000,
+            "encoder_hidden_states": torch.randn(batch, text, text_dim, generator=generator),
+        }
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def traced_wan(shared: Any, tiny_wan: Any, example_inputs: Any) -> Any:
+    """``tiny_wan`` as a graph with placeholders."""
+    return _traced(shared, "traced-wan", tiny_wan, 0, example_inputs((3, FRAMES, SIZE, SIZE), 64))
+
+
+@pytest.fixture(scope="session")
+def traced_latte(shared: Any, tiny_latte: Any, example_inputs: Any) -> Any:
+    """``tiny_latte`` as a graph with placeholders."""
+    return _traced(shared, "traced-latte", tiny_latte, 1, example_inputs((4, 4, 8, 8), 24))
+
+
+def _traced(shared: Any, name: str, model: Any, adapter: int, inputs: dict[str, torch.Tensor]) -> Any:
+    import onnx
+
+    def make(folder: Path) -> None:
+        from qvdit.export.trace import trace
+        from qvdit.models import ADAPTERS
+
+        widths = {s.name: model.get_submodule(s.name).out_features for s in ADAPTERS[adapter].sites(model)}
+        folder.mkdir()
+        onnx.save(trace(model, ADAPTERS[adapter], widths, inputs), folder / "traced.onnx")
+
+    return onnx.load(shared(name, make) / "traced.onnx")
+
+
+@pytest.fixture(scope="session")
+def rtn_layers() -> Callable[..., tuple[Any, ...]]:
+    """``rtn_layers(model, frames, bits=…, act_bits=…, symmetric=…, rank=…)``: every linear of a model, rounded.
+
+    With a rank, a random term of a few percent of the weight and a gain per frame wherever the rows are video tokens.
+    """
+
+    def make(
+        model: Any, frames: int, bits: int = 4, act_bits: int = 8, symmetric: bool = True, rank: int = 0
+    ) -> tuple[Any, ...]:
+        import numpy as np
+
+        from qvdit.contract import FrameRows, LowBitLayer
+        from qvdit.method.weights import search_grid
+        from qvdit.models import ADAPTERS
+
+        adapter = next(a for a in ADAPTERS if a.class_name == type(model).__name__)
+        rng = np.random.default_rng(0)
+        layers = []
+        for site in adapter.sites(model):
+            linear = model.get_submodule(site.name)
+            n, k = linear.weight.shape
+            grid = search_grid(linear.weight, bits, symmetric)
+            gained = rank > 0 and site.rows is not FrameRows.NONE
+            size = 0.3 * float(linear.weight.std())
+            layers.append(
+                LowBitLayer(
+                    name=site.name,
+                    weight_bits=bits,
+                    act_bits=act_bits,
+                    act_symmetric=symmetric,
+                    rows=site.rows if gained else FrameRows.NONE,
+                    weight_q=grid.quantize(linear.weight).to(torch.int8).numpy(),
+                    weight_scale=grid.scale.numpy(),
+                    weight_zero=None if symmetric else grid.zero.to(torch.int8).numpy(),
+                    bias=None if linear.bias is None else linear.bias.numpy(),
+                    alpha=rng.standard_normal((k, rank), dtype=np.float32) * size if rank else None,
+                    beta=rng.standard_normal((rank, n), dtype=np.float32) if rank else None,
+                    frame_gain=np.linspace(-1, 2, frames, dtype=np.float32) if gained else None,
+                )
+            )
+        return tuple(layers)
+
+    return make

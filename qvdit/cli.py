@@ -275,7 +275,14 @@ def compare(
     from qvdit.system import tool_versions
 
     settings = JobSettings(
-        model=model, out=out, prompt_count=prompt_count, steps=steps, records=records, seed=seed, device=device
+        model=model,
+        out=out,
+        prompt_count=prompt_count,
+        steps=steps,
+        records=records,
+        guidance=guidance,
+        seed=seed,
+        device=device,
     )
     job = Job(settings)
     trial = Trial.fresh(videos, 2026 + seed, steps, guidance, read_prompts(shipped_prompts()))

@@ -5,6 +5,9 @@ Every cell of the table is saved as it is done, so that an interrupted compariso
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -40,9 +43,15 @@ class Comparison:
     batch: int  # videos sampled at once
     seed: int
 
+    def key(self) -> str:
+        """A digest of what all cells share."""
+        shared = [dataclasses.asdict(self.plan), dataclasses.asdict(self.trial), self.seed]
+        return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:12]
+
 
 def run(comparison: Comparison, folder: Path, say: Say) -> list[dict[str, Any]]:
     """Fill the table; returns its cells, full precision (recipe ``fp``) first."""
+    folder = folder / comparison.key()  # another question, another folder: nothing of it could be reused
     pipeline = comparison.model.load(comparison.device)
     adapter, full = comparison.model.adapter, pipeline.transformer
     say("calibration")

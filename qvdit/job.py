@@ -29,9 +29,9 @@ from qvdit.contract.layer import Layer, WeightSize
 from qvdit.method import calibration, quantization, statistics
 from qvdit.method import recipe as recipes
 from qvdit.method.calibration import Progress, no_progress
-from qvdit.models.loading import SourceModel, find_model
+from qvdit.models.loading import WORLD_PIPELINE, SourceModel, find_model
 from qvdit.stages import Stages
-from qvdit.system import tool_versions
+from qvdit.system import cpu_name, tool_versions
 
 STAGES = ("calibrate", "statistics", "quantize", "trace", "export", "parity", "speed", "quality")
 TARGETS = ("onnxruntime", "tensorrt")
@@ -134,7 +134,7 @@ class Job:
         folder = self.calibration_folder / "shards"
         self.calibration_stages.run(
             "calibrate",
-            [self.source.fingerprint, dataclasses.asdict(self.plan)],
+            dataclasses.asdict(self.plan),
             lambda: list(self.data.shards),
             lambda: calibration.record(self.pipeline, self.source.adapter, self.plan, folder, progress),
         )
@@ -278,6 +278,7 @@ class Job:
             "target": self.settings.target,
             "date": date.today().isoformat(),
             "versions": tool_versions(),
+            "machine": {"cpu": cpu_name(), "threads": self.settings.threads},
             "parity": read_json(self.work / "parity.json", "the parity stage's result"),
             "size": {
                 "weights_fp16_bytes": size.fp16_bytes,
@@ -309,6 +310,12 @@ class Job:
 
     def _plan(self) -> calibration.CalibrationPlan:
         settings = self.settings
+        if settings.prompts is None and self.source.pipeline != WORLD_PIPELINE:
+            raise QvditError(
+                f"a {self.source.pipeline} and no --prompts",
+                "a text file of prompts that this model is used with",
+                "the shipped ones are for the drawn world: give --prompts FILE",
+            )
         prompts = calibration.read_prompts(settings.prompts or shipped_prompts())
         count = settings.prompt_count or (4 if self.device == "cpu" else 48)
         if len(prompts) < count and settings.prompt_count:
@@ -316,14 +323,19 @@ class Job:
         if not prompts:
             raise QvditError("no prompts", "at least one line in the prompts file", "check --prompts")
         return calibration.CalibrationPlan(
-            prompts[:count], settings.steps, settings.records, settings.guidance, settings.seed
+            prompts[:count],
+            settings.steps,
+            settings.records,
+            settings.guidance,
+            settings.seed,
+            self.source.fingerprint,
         )
 
     def _trial(self) -> Any:
         from qvdit.quality import Trial
 
         settings = self.settings
-        if self.source.name == "wan-shapes" or settings.prompts is None:
+        if settings.prompts is None:
             known = calibration.read_prompts(shipped_prompts())
             return Trial.fresh(settings.videos, 2026 + settings.seed, settings.steps, settings.guidance, known)
         prompts = calibration.read_prompts(settings.prompts)[-settings.videos :]

@@ -19,6 +19,8 @@ from qvdit.reference import measure
 if TYPE_CHECKING:
     from qvdit.report import ReportVideo
 
+_SHOWN = 8  # videos in the report: more are measured, but not looked at
+
 
 def judge_videos(
     pipeline: Any, bundle: Path, trial: Trial, keep: Path, threads: int, progress: Progress
@@ -55,8 +57,9 @@ def report_videos(kept: Path, trial: Trial) -> list[ReportVideo]:
     full, quantized = tensors["full"], tensors["quantized"]
     if full.shape[1] != 3:
         return []
+    full, quantized = full[:_SHOWN], quantized[:_SHOWN]
     psnr = measure.psnr(quantized, full).tolist()
-    rows = zip(trial.prompts, _pixels(full), _pixels(quantized), psnr, strict=True)
+    rows = zip(trial.prompts[:_SHOWN], _pixels(full), _pixels(quantized), psnr, strict=True)
     return [ReportVideo(prompt, f, q, db) for prompt, f, q, db in rows]
 
 

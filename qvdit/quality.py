@@ -45,7 +45,9 @@ def sample_trial(pipeline: Any, trial: Trial, batch: int, progress: Progress = n
 
 
 def measurements(videos: torch.Tensor, trial: Trial) -> dict[str, torch.Tensor]:
-    """Measurements [B] of each video by name; none where the prompts are not of the drawn world."""
+    """Measurements [B] of each video by name; none where prompts or videos are not of the drawn world."""
+    if videos.shape[1:] != (3, world.FRAMES, world.SIZE, world.SIZE):
+        return {}
     try:
         scenes = [world.parse_prompt(prompt) for prompt in trial.prompts]
     except ValueError:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 TOOLS = ("qvdit", "torch", "diffusers", "onnx", "onnxscript", "onnxruntime", "nvidia-modelopt", "numpy", "safetensors")
 
@@ -11,6 +13,14 @@ TOOLS = ("qvdit", "torch", "diffusers", "onnx", "onnxscript", "onnxruntime", "nv
 def tool_versions() -> dict[str, str]:
     """Versions of the packages that shape a bundle."""
     return {name: found for name in TOOLS if (found := _version(name)) is not None}
+
+
+def cpu_name() -> str:
+    """The processor's model, where the system tells."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(errors="replace").splitlines() if cpuinfo.is_file() else []
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
 
 
 def missing_for_tensorrt() -> str | None:

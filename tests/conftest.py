@@ -62,13 +62,13 @@ def wan(**changes: Any) -> Any:
 
 
 @pytest.fixture(scope="session")
-def tiny_wan() -> Any:
+def wan_model() -> Any:
     """A random Wan transformer; copy it to change it."""
     return wan()
 
 
 @pytest.fixture(scope="session")
-def tiny_latte() -> Any:
+def latte_model() -> Any:
     """A random Latte transformer of 4 frames, one spatial and one temporal block; copy it to change it."""
     from diffusers import LatteTransformer3DModel
 
@@ -112,7 +112,7 @@ def save_pipeline() -> Callable[[Path, Any], Path]:
 
 @pytest.fixture(scope="session")
 def wan_folder(shared: Any, save_pipeline: Any) -> Path:
-    """A PixelVideoPipeline with ``tiny_wan`` on disk."""
+    """A PixelVideoPipeline with ``wan_model`` on disk."""
     return shared("tiny-wan", lambda folder: save_pipeline(folder, wan()))
 
 
@@ -178,15 +178,15 @@ def example_inputs() -> Callable[..., dict[str, torch.Tensor]]:
 
 
 @pytest.fixture(scope="session")
-def traced_wan(shared: Any, tiny_wan: Any, example_inputs: Any) -> Any:
-    """``tiny_wan`` as a graph with placeholders."""
-    return _traced(shared, "traced-wan", tiny_wan, 0, example_inputs((3, FRAMES, SIZE, SIZE), 64))
+def traced_wan(shared: Any, wan_model: Any, example_inputs: Any) -> Any:
+    """``wan_model`` as a graph with placeholders."""
+    return _traced(shared, "traced-wan", wan_model, 0, example_inputs((3, FRAMES, SIZE, SIZE), 64))
 
 
 @pytest.fixture(scope="session")
-def traced_latte(shared: Any, tiny_latte: Any, example_inputs: Any) -> Any:
-    """``tiny_latte`` as a graph with placeholders."""
-    return _traced(shared, "traced-latte", tiny_latte, 1, example_inputs((4, 4, 8, 8), 24))
+def traced_latte(shared: Any, latte_model: Any, example_inputs: Any) -> Any:
+    """``latte_model`` as a graph with placeholders."""
+    return _traced(shared, "traced-latte", latte_model, 1, example_inputs((4, 4, 8, 8), 24))
 
 
 def _traced(shared: Any, name: str, model: Any, adapter: int, inputs: dict[str, torch.Tensor]) -> Any:

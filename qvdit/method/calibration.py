@@ -5,6 +5,7 @@ One shard a prompt, so that an interrupted run goes on where it stopped and more
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -37,11 +38,18 @@ class CalibrationPlan:
     records: int = 8  # steps recorded of each trajectory, spread evenly over it
     guidance: float = 2.5
     seed: int = 0
+    source: str = ""  # fingerprint of the model
 
     def recorded_steps(self) -> list[int]:
         """Indices of the recorded steps, from the first (most noise) to the last."""
         count = min(self.records, self.steps)
         return [round(i * (self.steps - 1) / max(count - 1, 1)) for i in range(count)]
+
+    def identity(self, index: int) -> dict[str, str]:
+        """What the shard of prompt ``index`` depends on; it is written into the shard."""
+        fields = {name: value for name, value in dataclasses.asdict(self).items() if name != "prompts"}
+        fields |= {"prompt": self.prompts[index], "seed": self.seed + index}
+        return {name: str(value) for name, value in fields.items()}
 
 
 @dataclass(frozen=True)
@@ -84,19 +92,20 @@ def record(
     for index, prompt in enumerate(plan.prompts):
         shard = folder / f"shard-{index:05d}.safetensors"
         progress(index, len(plan.prompts))
-        if not _matches(shard, prompt):
+        identity = plan.identity(index)
+        if not _matches(shard, identity):
             tensors = _record_one(pipeline, adapter, plan, prompt, plan.seed + index)
             _check(tensors, prompt)
-            write_atomic(shard, partial(save_file, tensors, metadata={"prompt": prompt}))
+            write_atomic(shard, partial(save_file, tensors, metadata=identity))
         shards.append(shard)
     progress(len(plan.prompts), len(plan.prompts))
     return CalibrationData(tuple(shards))
 
 
-def _matches(shard: Path, prompt: str) -> bool:
+def _matches(shard: Path, identity: dict[str, str]) -> bool:
     try:
         with safe_open(shard, framework="pt") as file:
-            return (file.metadata() or {}).get("prompt") == prompt
+            return file.metadata() == identity
     except (FileNotFoundError, SafetensorError, OSError):
         return False
 

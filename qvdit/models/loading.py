@@ -18,6 +18,9 @@ from qvdit.models import ADAPTERS, ModelAdapter
 SHIPPED = {"wan-shapes": Path(__file__).parent.parent / "reference" / "wan-shapes"}
 """Reference models that come with the package, by name."""
 
+WORLD_PIPELINE = "PixelVideoPipeline"
+"""The pipeline of the drawn world: the shipped prompts are for it."""
+
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -30,6 +33,7 @@ class SourceModel:
     adapter: ModelAdapter
     config: dict[str, Any]  # of the transformer
     fingerprint: str  # sha256 over the transformer's configuration and weights
+    pipeline: str  # class name of the pipeline
 
     def load(self, device: torch.device | str = "cpu") -> Any:
         """The pipeline with float32 weights on a device, in evaluation mode."""
@@ -68,7 +72,7 @@ def find_model(name_or_path: str) -> SourceModel:
         check_safetensors(file)
         digest.update(sha256(file).encode())
     name = name_or_path if name_or_path in SHIPPED else path.resolve().name
-    return SourceModel(name, path, adapter, config, digest.hexdigest())
+    return SourceModel(name, path, adapter, config, digest.hexdigest(), _pipeline_name(path))
 
 
 def check_safetensors(path: Path) -> None:
@@ -113,15 +117,19 @@ def _pickle_error(path: Path) -> QvditError:
     )
 
 
+def _pipeline_name(path: Path) -> str:
+    return str(read_json(path / "model_index.json", "a pipeline's model_index.json").get("_class_name"))
+
+
 def _pipeline_class(path: Path) -> Any:
     import diffusers
 
-    name = read_json(path / "model_index.json", "a pipeline's model_index.json").get("_class_name")
-    if name == "PixelVideoPipeline":
+    name = _pipeline_name(path)
+    if name == WORLD_PIPELINE:
         from qvdit.reference.pipeline import PixelVideoPipeline
 
         return PixelVideoPipeline
-    found = getattr(diffusers, str(name), None)
+    found = getattr(diffusers, name, None)
     if found is None:
         raise QvditError(f"pipeline class {name!r}", "a pipeline that this diffusers knows", "upgrade diffusers")
     return found

@@ -207,7 +207,7 @@ def test_pickled_weights_are_not_loaded(
     assert not (tmp_path / "out").exists()
 
 
-def test_safetensors_of_another_model(broken: Path, save_pipeline: Any, tiny_wan: Any, export: Any, tmp_path: Path) -> None:
+def test_safetensors_of_another_model(broken: Path, save_pipeline: Any, wan_model: Any, export: Any, tmp_path: Path) -> None:
     """Weights that are whole, but not of the shape that the configuration tells."""
     path = broken / "transformer" / "config.json"
     config = json.loads(path.read_text())
@@ -218,27 +218,27 @@ def test_safetensors_of_another_model(broken: Path, save_pipeline: Any, tiny_wan
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_weights_that_are_not_finite(
-    value: float, tiny_wan: Any, save_pipeline: Any, export: Any, tmp_path: Path
+    value: float, wan_model: Any, save_pipeline: Any, export: Any, tmp_path: Path
 ) -> None:
-    model = copy.deepcopy(tiny_wan)
+    model = copy.deepcopy(wan_model)
     model.blocks[1].ffn.net[2].weight.data[3, 4] = value
     folder = save_pipeline(tmp_path / "nan", model)
     assert_refused(export(model=folder), "blocks.1.ffn.net.2.weight", "NaN or Inf")
     assert_nothing_written(tmp_path / "out")
 
 
-def test_model_that_samples_nan(tiny_wan: Any, save_pipeline: Any, export: Any, tmp_path: Path) -> None:
+def test_model_that_samples_nan(wan_model: Any, save_pipeline: Any, export: Any, tmp_path: Path) -> None:
     """Finite weights whose product overflows: the second step's input is not finite."""
-    model = copy.deepcopy(tiny_wan)
+    model = copy.deepcopy(wan_model)
     model.proj_out.weight.data.fill_(3e38)
     folder = save_pipeline(tmp_path / "overflow", model)
     assert_refused(export(model=folder), "NaN or Inf in hidden_states", "a ")
     assert_nothing_written(tmp_path / "out")
 
 
-def test_model_with_activations_that_overflow(tiny_wan: Any, save_pipeline: Any, export: Any, tmp_path: Path) -> None:
+def test_model_with_activations_that_overflow(wan_model: Any, save_pipeline: Any, export: Any, tmp_path: Path) -> None:
     """Recorded inputs are finite, statistics of an inner layer are not."""
-    model = copy.deepcopy(tiny_wan)
+    model = copy.deepcopy(wan_model)
     model.blocks[1].ffn.net[0].proj.weight.data.fill_(1e30)
     model.blocks[1].ffn.net[2].weight.data.fill_(1e-35)
     folder = save_pipeline(tmp_path / "overflow", model)
@@ -258,11 +258,11 @@ def test_output_folder_with_other_files(export: Any, tmp_path: Path) -> None:
 
 
 def test_output_folder_of_another_model(
-    tiny_wan: Any, save_pipeline: Any, make_job: Any, export: Any, tmp_path: Path
+    wan_model: Any, save_pipeline: Any, make_job: Any, export: Any, tmp_path: Path
 ) -> None:
     make_job(tmp_path / "out").run("calibrate")
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
-    other = copy.deepcopy(tiny_wan)
+    other = copy.deepcopy(wan_model)
     other.proj_out.bias.data += 1
     folder = save_pipeline(tmp_path / "other", other)
     assert_refused(export(model=folder), str(tmp_path / "out"), "another model (tiny-wan)")
@@ -351,8 +351,8 @@ def test_parity_of_a_truncated_reference(kept: int, copied: Path, cli: Any) -> N
     assert_refused(cli("qvdit", "parity", copied), "inputs.safetensors")
 
 
-def test_run_with_another_model(copied: Path, tiny_wan: Any, save_pipeline: Any, cli: Any, tmp_path: Path) -> None:
-    other = copy.deepcopy(tiny_wan)
+def test_run_with_another_model(copied: Path, wan_model: Any, save_pipeline: Any, cli: Any, tmp_path: Path) -> None:
+    other = copy.deepcopy(wan_model)
     other.proj_out.bias.data += 1
     folder = save_pipeline(tmp_path / "other", other)
     video = tmp_path / "video.webp"

@@ -308,10 +308,10 @@ def test_calibration_data_are_those_of_the_plan(
 
 
 def test_shared_calibration_data_are_those_of_the_model(
-    wan_folder: Path, tiny_wan: Any, save_pipeline: Any, tmp_path: Path, make_job: Any
+    wan_folder: Path, wan_model: Any, save_pipeline: Any, tmp_path: Path, make_job: Any
 ) -> None:
     """Two models with one --calibration folder: the second does not take up what the first recorded."""
-    other = copy.deepcopy(tiny_wan)
+    other = copy.deepcopy(wan_model)
     other.proj_out.bias.data += 0.25
     folder = save_pipeline(tmp_path / "other", other)
     common = tmp_path / "calibration"

@@ -306,7 +306,8 @@ class Job:
             if not 0 <= self.settings.rank <= 64:
                 raise QvditError(f"--rank {self.settings.rank}", "0 … 64", "1 is the paper's")
             chosen = recipes.override(chosen, tqe={"rank": self.settings.rank})
-        return dataclasses.replace(chosen, layer_bits={**self.settings.layer_bits, **chosen.layer_bits})
+        asked = self.settings.layer_bits  # the user's patterns come first, and win where the recipe has the same one
+        return dataclasses.replace(chosen, layer_bits={**asked, **{**chosen.layer_bits, **asked}})
 
     def _plan(self) -> calibration.CalibrationPlan:
         settings = self.settings

@@ -23,7 +23,7 @@ FRAMES, SIZE = 16, 32  # of the drawn world's videos
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
-    """``shared(name, make)``: a folder that ``make(folder)`` fills once for all workers. Nobody writes into it later."""
+    """``shared(name, make)``: a folder that ``make(folder)`` fills once for all workers; read it only."""
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent

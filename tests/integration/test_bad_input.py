@@ -207,7 +207,9 @@ def test_pickled_weights_are_not_loaded(
     assert not (tmp_path / "out").exists()
 
 
-def test_safetensors_of_another_model(broken: Path, save_pipeline: Any, wan_model: Any, export: Any, tmp_path: Path) -> None:
+def test_safetensors_of_another_model(
+    broken: Path, save_pipeline: Any, wan_model: Any, export: Any, tmp_path: Path
+) -> None:
     """Weights that are whole, but not of the shape that the configuration tells."""
     path = broken / "transformer" / "config.json"
     config = json.loads(path.read_text())
@@ -356,7 +358,9 @@ def test_run_with_another_model(copied: Path, wan_model: Any, save_pipeline: Any
     other.proj_out.bias.data += 1
     folder = save_pipeline(tmp_path / "other", other)
     video = tmp_path / "video.webp"
-    assert_refused(cli("qvdit", "run", copied, "--model", folder, "--out", video), "the model of this bundle (tiny-wan)")
+    assert_refused(
+        cli("qvdit", "run", copied, "--model", folder, "--out", video), "the model of this bundle (tiny-wan)"
+    )
     assert not video.exists()
 
 

@@ -52,7 +52,7 @@ def latte_pair(traced_latte: Any, latte_model: Any, rtn_layers: Any, tmp_path_fa
 
 
 def assert_same(sample: Any, full: Any, quantized: Any, runtime: Any) -> None:
-    """``sample(transformer)`` from the runtime is that from the quantized transformer, and neither is full precision's."""
+    """The runtime samples what the quantized transformer samples, and neither what full precision does."""
     expected = sample(quantized)
     found = sample(runtime)
     assert found.shape == expected.shape

@@ -195,9 +195,7 @@ layers = st.builds(
 )
 
 
-@settings(
-    max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(layer=layers, seed=st.integers(0, 2**31))
 def test_any_layer(layer: LowBitLayer, seed: int, tmp_path: Path) -> None:
     x = make_input(layer, seed)

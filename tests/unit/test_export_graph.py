@@ -114,9 +114,7 @@ def test_wan_at_other_bits(
     assert_parity(found, wan_model, layers, inputs)
 
 
-def test_frame_gains_matter(
-    traced_wan: onnx.ModelProto, wan_model: Any, rtn_layers: Any, example_inputs: Any
-) -> None:
+def test_frame_gains_matter(traced_wan: onnx.ModelProto, wan_model: Any, rtn_layers: Any, example_inputs: Any) -> None:
     """The comparison would see gains in the wrong order."""
     layers = rtn_layers(wan_model, 16, rank=1)
     turned = tuple(
@@ -249,7 +247,7 @@ def test_weights_have_the_narrowest_type(
             np.testing.assert_array_equal(onnx.numpy_helper.to_array(tensor).astype(np.int8), value)
 
 
-def test_odd_number_of_int4_values(traced_wan: onnx.ModelProto) -> None:
+def test_odd_number_of_int4_values() -> None:
     editor = graph.GraphEditor(onnx.GraphProto())
     value = np.array([[-8, 7, 3], [1, -1, 0], [5, 2, -4]], np.int8)
     assert editor.constant("w", value, TensorProto.INT4) == "w"

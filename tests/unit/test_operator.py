@@ -213,6 +213,9 @@ def test_nan_and_inf_make_their_row_nan_and_no_other(symmetric, value, position)
     x = np.random.default_rng(5).standard_normal((2, 4, 33)).astype(F32)
     clean = LowBitLinear(layer)(torch.from_numpy(x))
     x[1, 2, position] = value
+    rows = LowBitLinear(layer).quantize(torch.from_numpy(x))
+    assert rows.scale[..., 0].isnan().nonzero().tolist() == [[1, 2]]
+    assert (rows.centred()[1, 2] == 0).all()
     y = LowBitLinear(layer)(torch.from_numpy(x))
     assert y[1, 2].isnan().all()
     others = torch.ones(2, 4, dtype=torch.bool)

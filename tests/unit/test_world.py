@@ -113,6 +113,12 @@ def drawn():
     return world.draw_videos(256, seeded(3))
 
 
+def first(drawn, count: int) -> tuple[torch.Tensor, SceneBatch]:
+    """A copy of the first few videos, and their scenes."""
+    videos, scenes = drawn
+    return videos[:count].clone(), SceneBatch(*(getattr(scenes, f.name)[:count] for f in dataclasses.fields(scenes)))
+
+
 @pytest.fixture(scope="module")
 def measured(drawn):
     return measure.measure(*drawn)
@@ -139,10 +145,7 @@ def test_drawn_videos_look_good(measured, name):
 
 @pytest.mark.parametrize("name", ATTRIBUTES)
 def test_one_wrong_attribute_is_seen_and_no_other(drawn, name):
-    videos, scenes = (
-        drawn[0][:64],
-        SceneBatch(*(getattr(drawn[1], f.name)[:64] for f in dataclasses.fields(SceneBatch))),
-    )
+    videos, scenes = first(drawn, 64)
     sizes = {"colour": 8, "background": 4, "shape": 4, "direction": 8}
     wrong = dataclasses.replace(scenes, **{name: (getattr(scenes, name) + 1) % sizes[name]})
     found = measure.measure(videos, wrong)
@@ -175,9 +178,8 @@ def test_an_empty_video_has_no_subject():
 
 
 def test_a_frozen_video_does_not_move(drawn):
-    videos, scenes = drawn
-    frozen = videos[:, :, :1].expand_as(videos)
-    found = measure.measure(frozen, scenes)
+    videos, scenes = first(drawn, 32)
+    found = measure.measure(videos[:, :, :1].expand_as(videos), scenes)
     assert found["dynamic_degree"].max() == 0
     assert found["direction"].max() == 0
     assert found["scene_consistency"].max() == 0
@@ -187,9 +189,8 @@ def test_a_frozen_video_does_not_move(drawn):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_video_that_is_not_finite_measures_nothing(drawn, measured, bad):
-    videos, index = drawn[0][:4].clone(), 2
+    (videos, scenes), index = first(drawn, 4), 2
     videos[index, 1, 7, 3, 3] = bad
-    scenes = SceneBatch(*(getattr(drawn[1], f.name)[:4] for f in dataclasses.fields(SceneBatch)))
     found = measure.measure(videos, scenes)
     for name, values in found.items():
         assert values[index] == 0, name
@@ -198,18 +199,16 @@ def test_a_video_that_is_not_finite_measures_nothing(drawn, measured, bad):
 
 
 def test_frames_that_change_colour_are_less_consistent(drawn, measured):
-    videos = drawn[0][:16].clone()
+    videos, scenes = first(drawn, 16)
     videos[:, :, ::2] = videos[:, [1, 2, 0], ::2]
-    scenes = SceneBatch(*(getattr(drawn[1], f.name)[:16] for f in dataclasses.fields(SceneBatch)))
     found = measure.measure(videos, scenes)
     assert found["subject_consistency"].mean() < measured["subject_consistency"][:16].mean() - 0.1
     assert found["background_consistency"].mean() < measured["background_consistency"][:16].mean() - 0.02
 
 
 def test_shaking_is_not_smooth(drawn, measured):
-    videos = drawn[0][:16].clone()
+    videos, scenes = first(drawn, 16)
     videos[:, :, ::2] = videos[:, :, ::2].roll(2, dims=-1)
-    scenes = SceneBatch(*(getattr(drawn[1], f.name)[:16] for f in dataclasses.fields(SceneBatch)))
     found = measure.measure(videos, scenes)["motion_smoothness"]
     assert found.max() < 0.1
     assert measured["motion_smoothness"].min() > 0.8
@@ -217,8 +216,7 @@ def test_shaking_is_not_smooth(drawn, measured):
 
 def test_noise_costs_imaging_quality(drawn):
     """1 - RMSE / 0.25: noise of 0.05 in 0 … 1 costs a fifth."""
-    videos = drawn[0][:16]
-    scenes = SceneBatch(*(getattr(drawn[1], f.name)[:16] for f in dataclasses.fields(SceneBatch)))
+    videos, scenes = first(drawn, 16)
     clean = measure.measure(videos, scenes)["imaging_quality"]
     noisy = videos + 2 * 0.05 * torch.randn(videos.shape, generator=seeded())
     found = measure.measure(noisy, scenes)["imaging_quality"]

@@ -303,8 +303,8 @@ class Job:
         for glob, bits in self.settings.layer_bits.items():
             recipes.check_layer_bits(glob, bits)
         if self.settings.rank is not None:
-            if not 0 <= self.settings.rank <= 64:
-                raise QvditError(f"--rank {self.settings.rank}", "0 … 64", "1 is the paper's")
+            if not 0 <= self.settings.rank <= recipes.MAX_RANK:
+                raise QvditError(f"--rank {self.settings.rank}", f"0 … {recipes.MAX_RANK}", "1 is the paper's")
             chosen = recipes.override(chosen, tqe={"rank": self.settings.rank})
         asked = self.settings.layer_bits  # the user's patterns come first, and win where the recipe has the same one
         return dataclasses.replace(chosen, layer_bits={**asked, **{**chosen.layer_bits, **asked}})

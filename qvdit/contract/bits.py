@@ -21,7 +21,7 @@ class Bits:
     @staticmethod
     def parse(text: str) -> Bits:
         """Read ``w4a8``."""
-        match = re.fullmatch(r"w(\d+)a(\d+)", text.strip().lower())
+        match = re.fullmatch(r"w([0-9])a([0-9])", text.strip().lower())
         if match and int(match[1]) in WEIGHT_BITS and int(match[2]) in ACT_BITS:
             return Bits(int(match[1]), int(match[2]))
         raise QvditError(

@@ -49,6 +49,10 @@ def read_manifest(bundle: Path) -> Manifest:
     names = {field.name for field in dataclasses.fields(Manifest)}
     if not isinstance(content, dict) or content.get("schema") != SCHEMA or set(content) != names:
         raise QvditError(f"{bundle / MANIFEST} of another version", f"schema {SCHEMA}", "export the model again")
+    if not isinstance(content["files"], dict):
+        raise QvditError(
+            f"{bundle / MANIFEST} without its files", "a path and a sha256 for each", "export the model again"
+        )
     return Manifest(**content)
 
 

@@ -16,6 +16,11 @@ import numpy as np
 ROW_PAD = 32  # a packed row is padded to a multiple of this many values
 
 
+def padded_size(shape: tuple[int, int]) -> int:
+    """How many values a weight [N, K] takes when its rows are padded for packing."""
+    return shape[0] * -(-shape[1] // ROW_PAD) * ROW_PAD
+
+
 class FrameRows(str, Enum):
     """How the rows of a layer's input [..., L, K] relate to frames: row m is of frame (m // P) mod T."""
 
@@ -26,6 +31,8 @@ class FrameRows(str, Enum):
 
     def tokens_per_frame(self, length: int, frames: int) -> int:
         """P for an input of L = ``length`` rows in its second to last dimension and T = ``frames``."""
+        if self is FrameRows.SEQUENCE and length % frames:
+            raise ValueError(f"a sequence of {length} tokens cannot hold {frames} frames of equal size")
         return {"none": 1, "sequence": length // frames, "spatial": length, "temporal": 1}[self.value]
 
 
@@ -64,11 +71,9 @@ class LowBitLayer:
 
     def stored_bits(self) -> int:
         """Bits of everything stored for the layer, padding included, bias aside."""
-        n, k = self.shape
-        k_pad = -(-k // ROW_PAD) * ROW_PAD
-        zero = 0 if self.weight_zero is None else 8 * n
+        zero = 0 if self.weight_zero is None else 8 * self.shape[0]
         others = (self.weight_scale, self.inv_smooth, self.alpha, self.beta, self.frame_gain)
-        return n * k_pad * self.weight_bits + zero + sum(32 * a.size for a in others if a is not None)
+        return padded_size(self.shape) * self.weight_bits + zero + sum(32 * a.size for a in others if a is not None)
 
 
 @dataclass(frozen=True)
@@ -96,9 +101,9 @@ class StaticInt8Layer:
         return self.weight_q.shape[0], self.weight_q.shape[1]
 
     def stored_bits(self) -> int:
-        """Bits of everything stored for the layer, bias aside."""
+        """Bits of everything stored for the layer, padding included, bias aside."""
         others = (self.weight_scale, self.act_scale, self.inv_smooth)
-        return 8 * self.weight_q.size + sum(32 * a.size for a in others if a is not None)
+        return padded_size(self.shape) * self.weight_bits + sum(32 * a.size for a in others if a is not None)
 
 
 Layer = LowBitLayer | StaticInt8Layer

@@ -25,6 +25,8 @@ def pack(weight_q: np.ndarray, bits: int, zero: np.ndarray | None = None) -> np.
     half = 1 << (bits - 1)
     if weight_q.size and (weight_q.min() < -half or weight_q.max() >= half):
         raise ValueError(f"weights span {weight_q.min()} … {weight_q.max()}, {bits} bits hold {-half} … {half - 1}")
+    if zero is not None and zero.size and (zero.min() < -half or zero.max() >= half):
+        raise ValueError(f"zero points span {zero.min()} … {zero.max()}, {bits} bits hold {-half} … {half - 1}")
     padding = np.zeros(n, np.int8) if zero is None else zero.astype(np.int8)
     padding = np.repeat(padding[:, None], -k % ROW_PAD, axis=1)
     codes = (np.concatenate([weight_q, padding], axis=1).astype(np.int16) + half).astype(np.uint8)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -49,7 +50,8 @@ class CalibrationPlan:
         """What the shard of prompt ``index`` depends on; it is written into the shard."""
         fields = {name: value for name, value in dataclasses.asdict(self).items() if name != "prompts"}
         fields |= {"prompt": self.prompts[index], "seed": self.seed + index}
-        return {name: str(value) for name, value in fields.items()}
+        # One key: safetensors writes several in no fixed order.
+        return {"identity": json.dumps(fields, sort_keys=True)}
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,11 @@ class CalibrationData:
 
 def read_prompts(path: Path) -> tuple[str, ...]:
     """Prompts from a text file, one a line; empty lines and lines that start with # are left out."""
-    if not path.is_file():
-        raise QvditError(f"no file {path}", "a text file with one prompt a line", "check --prompts")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        found = f"no file {path}" if not path.is_file() else f"{path}, which cannot be read ({error})"
+        raise QvditError(found, "a text file with one prompt a line", "check --prompts") from None
     return tuple(line for line in lines if line and not line.startswith("#"))
 
 

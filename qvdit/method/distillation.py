@@ -84,7 +84,7 @@ def distil(
     for layer in layers:
         layer.quantize_activations = True
         layer.requires_grad_(False)
-    return float(loss)
+    return float(loss.detach())
 
 
 def _loss(

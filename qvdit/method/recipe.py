@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
 import typing
@@ -13,6 +14,7 @@ import yaml
 
 from qvdit.contract import WEIGHT_BITS, Bits, QvditError
 
+MAX_RANK = 64  # of TQE's run-time term: more costs more than it corrects
 FOLDER = Path(__file__).parent.parent / "recipes"
 
 
@@ -112,9 +114,26 @@ def load(name_or_path: str) -> Recipe:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise QvditError(f"{path}, which is not YAML ({' '.join(str(error).split())})", "a recipe", "mend it") from None
     recipe = _build(Recipe, content, str(path))
+    _check_ranges(recipe, str(path))
+    return recipe
+
+
+def _check_ranges(recipe: Recipe, where: str) -> None:
+    """Refuse values that no building block can work with."""
     for glob, bits in recipe.layer_bits.items():
         check_layer_bits(glob, bits)
-    return recipe
+    for bits_name in recipe.smoothing.by_bits:
+        Bits.parse(bits_name)
+    tqe, distillation = recipe.tqe, recipe.distillation
+    numbers = {"tqe.rank": (tqe.rank, 0, MAX_RANK), "tqe.inner_rank": (tqe.inner_rank, 1, 4096)}
+    numbers |= {"distillation.batch": (distillation.batch, 1, 1 << 20)}
+    numbers |= {f"distillation.steps.{name}": (steps, 0, 1 << 30) for name, steps in distillation.steps.items()}
+    for name, (value, low, high) in numbers.items():
+        if not low <= value <= high:
+            raise QvditError(f"{name}: {value} in {where}", f"{low} … {high}", "mend it")
+    for device in distillation.steps:
+        if device not in ("cpu", "cuda"):
+            raise QvditError(f"distillation.steps of {device!r} in {where}", "cpu or cuda", "mend it")
 
 
 def check_layer_bits(glob: str, bits: int) -> None:
@@ -138,7 +157,7 @@ def _build(cls: type[T], content: Any, where: str) -> T:
     if not isinstance(content, dict):
         raise QvditError(f"{content!r} in {where}", f"a mapping of {cls.__name__}'s fields", "mend it")
     hints = typing.get_type_hints(cls)
-    unknown = sorted(set(content) - set(hints))
+    unknown = sorted(set(content) - set(hints), key=str)
     if unknown:
         raise QvditError(f"the key {unknown[0]!r} in {where}", f"one of {', '.join(hints)}", "mend it")
     missing = [
@@ -152,13 +171,16 @@ def _build(cls: type[T], content: Any, where: str) -> T:
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
+    if hint is float and isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
+        with contextlib.suppress(ValueError):
+            value = float(value)
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, where)  # type: ignore[arg-type]
     if typing.get_origin(hint) is Literal:
         accepted, expected = value in typing.get_args(hint), f"one of {', '.join(map(str, typing.get_args(hint)))}"
     elif typing.get_origin(hint) is dict:
         kind = typing.get_args(hint)[1]
-        accepted = isinstance(value, dict) and all(_is(kind, v) for v in value.values())
+        accepted = isinstance(value, dict) and all(isinstance(k, str) and _is(kind, v) for k, v in value.items())
         expected = f"a mapping to {kind.__name__}"
     else:
         accepted, expected = _is(hint, value), f"a value of type {hint.__name__}"

@@ -5,6 +5,7 @@ They do not depend on bits or method: one pass serves every bit width.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,7 @@ class Statistics:
         return self.inputs[site.shared_input]
 
 
+_COUNTS = "counts"
 _FIELDS = ("abs_max", "mean", "second_moment")
 
 
@@ -58,7 +60,8 @@ class _Sums:
             self.tensors[key] = self.tensors[key] + value if key in self.tensors else value
 
     def save(self, path: Path, shards: int) -> None:
-        metadata = {"shards": str(shards), "batches": str(self.batches)}
+        # One key: safetensors writes several in no fixed order.
+        metadata = {_COUNTS: json.dumps({"shards": shards, "batches": self.batches}, sort_keys=True)}
         tensors = {name: tensor.cpu() for name, tensor in self.tensors.items()}
         write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata))
 
@@ -66,12 +69,13 @@ class _Sums:
         """Take up a partial run; returns how many shards it has seen, 0 if there is none."""
         try:
             with safe_open(path, framework="pt") as file:
-                metadata = file.metadata()
-            self.tensors = {name: tensor.to(device) for name, tensor in load_file(path).items()}
-            self.batches = int(metadata["batches"])
-            return int(metadata["shards"])
-        except (FileNotFoundError, SafetensorError, OSError):
+                counts = json.loads((file.metadata() or {})[_COUNTS])
+            tensors = {name: tensor.to(device) for name, tensor in load_file(path).items()}
+            self.batches, shards = int(counts["batches"]), int(counts["shards"])
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError):
             return 0
+        self.tensors = tensors
+        return shards
 
 
 @torch.no_grad()

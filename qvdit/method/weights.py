@@ -49,7 +49,7 @@ def search_grid(weight: torch.Tensor, bits: int, symmetric: bool, importance: to
     half = 1 << (bits - 1)
     low, high = weight.amin(1).clamp(max=0), weight.amax(1).clamp(min=0)
     if symmetric:
-        full = torch.maximum(-low, high) / (half - 1 if bits > 2 else 1.5)
+        full = torch.maximum(-low, high) / (half - 1)
         zero = torch.zeros_like(full)
     else:
         full = (high - low) / (2 * half - 1)

@@ -119,9 +119,10 @@ def _scale(variant: Variant) -> list[str]:
         "ratio = Div (span, levels)",
         "s_x = Max (ratio, smallest)",
         "s_rows = Squeeze (s_x, last_axis)",  # [M]
-        # A sum, because a maximum may overlook a NaN; times zero it is 0, or NaN for NaN and Inf.
-        "x_sum = ReduceSum <keepdims = 1> (x_smooth, last_axis)",
-        "poison = Mul (x_sum, zero)",
+        # 0, or NaN for a row with NaN or Inf: times zero first, or a sum of huge values would overflow; and a sum,
+        # because a maximum may overlook a NaN.
+        "nothing = Mul (x_smooth, zero)",
+        "poison = ReduceSum <keepdims = 1> (nothing, last_axis)",
         "s_out = Add (s_x, poison)",
         "s_out_rows = Squeeze (s_out, last_axis)",
     ]

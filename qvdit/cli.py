@@ -167,10 +167,7 @@ def run(
         pipeline = source.load()
     pipeline.transformer = transformer
     with console.status(f"sampling {steps} steps"):
-        try:
-            video = sample(pipeline, [prompt], steps, guidance, [seed])
-        except ValueError as error:
-            raise QvditError(f"{error}", "a prompt the model knows", "check --prompt") from None
+        video = sample(pipeline, [prompt], steps, guidance, [seed])
     write_video(video, out)
     console.print(f"wrote {out}", soft_wrap=True)
 

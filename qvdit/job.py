@@ -79,6 +79,7 @@ class Job:
         self.recipe = self._recipe()
         if settings.target not in TARGETS:
             raise QvditError(f"--target {settings.target!r}", f"one of {', '.join(TARGETS)}", "check --target")
+        quantization.check_bits(self.recipe, self.bits)
         self.device = _device(settings.device)
         self.source: SourceModel = find_model(settings.model)
         self.plan = self._plan()
@@ -343,6 +344,8 @@ class Job:
         return Trial(prompts, tuple(range(len(prompts))), settings.steps, settings.guidance)
 
     def _claim_output(self) -> None:
+        if self.out.exists() and not self.out.is_dir():
+            raise QvditError(f"--out {self.out}, which is a file", "a folder", "choose another --out")
         owner = self.work / "owner.json"
         if owner.is_file():
             content = read_json(owner, "the note of whose folder this is")

@@ -67,7 +67,7 @@ class Stages:
             content = json.loads(marker.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return None
-        if content.get("key") != key:
+        if not isinstance(content, dict) or content.get("key") != key:
             return None
         intact = all((self.root / n).is_file() and sha256(self.root / n) == h for n, h in content["files"].items())
         return content if intact else None

@@ -68,14 +68,14 @@ class OnnxRuntimeSession:
         if set(inputs) != set(self.inputs):
             raise QvditError(f"inputs {sorted(inputs)}", f"{sorted(self.inputs)}", "pass exactly these")
         feed = {}
+        sizes: dict[str, int] = {}  # of the named dimensions: one name, one size
         for name, (kind, shape) in self.inputs.items():
-            value = np.ascontiguousarray(inputs[name], dtype=_DTYPES[kind])
-            fits = len(shape) == value.ndim and all(
-                isinstance(d, str) or d == s for d, s in zip(shape, value.shape, strict=True)
-            )
-            if not fits:
-                raise QvditError(f"{name} of shape {value.shape}", f"{tuple(shape)}", "export with this size")
-            feed[name] = value
+            value = np.asarray(inputs[name])
+            known = [sizes.get(d, d) for d in shape]
+            if not _fits(value.shape, known):
+                raise QvditError(f"{name} of shape {value.shape}", f"{tuple(known)}", "export with this size")
+            sizes |= {d: s for d, s in zip(shape, value.shape, strict=True) if isinstance(d, str)}
+            feed[name] = np.asarray(value, dtype=_DTYPES[kind], order="C")
         return self.infer_impl(feed)
 
     def infer_impl(self, feed: dict[str, np.ndarray]) -> np.ndarray:
@@ -89,6 +89,13 @@ class OnnxRuntimeSession:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         del self._session
+
+
+def _fits(shape: tuple[int, ...], expected: list[int | str]) -> bool:
+    """Whether a shape is the one expected, names standing for any size."""
+    return len(shape) == len(expected) and all(
+        isinstance(d, str) or d == s for d, s in zip(expected, shape, strict=True)
+    )
 
 
 _DTYPES = {

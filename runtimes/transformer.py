@@ -62,7 +62,7 @@ class RuntimeTransformer:
         return self
 
     @contextlib.contextmanager
-    def cache_context(self, _: str) -> Iterator[None]:
+    def cache_context(self, _: str, **__: Any) -> Iterator[None]:
         """Diffusers names its conditional and unconditional passes; there is nothing to cache here."""
         yield
 
@@ -73,7 +73,7 @@ class RuntimeTransformer:
 
         A time step without a batch dimension is repeated for the batch. Other arguments must be absent or None.
         """
-        unknown = {k for k, v in others.items() if v is not None and k not in _HARMLESS}
+        unknown = {k for k, v in others.items() if v is not None and not _harmless(k, v)}
         if unknown:
             raise QvditError(
                 f"argument {sorted(unknown)[0]!r}", "only what the model was exported with", "leave it out"
@@ -89,7 +89,9 @@ class RuntimeTransformer:
         return SimpleNamespace(sample=sample) if return_dict else (sample,)
 
 
-_HARMLESS = ("enable_temporal_attentions", "attention_kwargs")
+def _harmless(name: str, value: Any) -> bool:
+    """Whether an argument asks for nothing but what was exported."""
+    return (name == "enable_temporal_attentions" and value is True) or (name == "attention_kwargs" and not value)
 
 
 def _numpy(value: Any) -> np.ndarray:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from qvdit.contract.bundle import PARITY_INPUTS, PARITY_REFERENCE
@@ -132,10 +133,23 @@ def save_reference(saved: SavedParity, bundle: Path) -> None:
 
 def load_reference(bundle: Path) -> SavedParity:
     """Read a bundle's reference run."""
+    inputs, reference = _load(bundle / PARITY_INPUTS), _load(bundle / PARITY_REFERENCE)
     try:
-        inputs, reference = load_file(bundle / PARITY_INPUTS), load_file(bundle / PARITY_REFERENCE)
-    except FileNotFoundError as error:
-        raise QvditError(f"no file {error.filename}", "the bundle's parity files", "export the model again") from None
+        return _restore(inputs, reference)
+    except (KeyError, IndexError) as error:
+        missing = f"parity files of {bundle} without {error}"
+        raise QvditError(missing, "those of one export", "export the model again") from None
+
+
+def _load(path: Path) -> dict[str, np.ndarray]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        found = f"{path}, which is damaged ({error})" if path.is_file() else f"no file {path}"
+        raise QvditError(found, "the bundle's parity files", "export the model again") from None
+
+
+def _restore(inputs: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> SavedParity:
     layers = []
     for key, x in inputs.items():
         if key.startswith("layer:"):

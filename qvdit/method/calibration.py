@@ -154,7 +154,11 @@ def sample(pipeline: Any, prompts: list[str], steps: int, guidance: float, seeds
     }
     if "output_type" in known:
         arguments["output_type"] = "latent"
-    return pipeline(**arguments).frames
+    try:
+        return pipeline(**arguments).frames
+    except ValueError as error:
+        refused = f"{prompts[0]!r}, which the pipeline refuses ({' '.join(str(error).split())})"
+        raise QvditError(refused, "a prompt and settings that the model knows", "check the prompts") from None
 
 
 def _check(tensors: dict[str, torch.Tensor], prompt: str) -> None:

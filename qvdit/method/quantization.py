@@ -48,10 +48,7 @@ def quantize(
     if job.recipe.kind == "static":
         from qvdit.method.static import quantize_static
 
-        if job.bits != Bits(8, 8):
-            raise QvditError(
-                f"--bits {job.bits} with recipe {job.recipe.name}", "w8a8", "the static recipe is INT8 only"
-            )
+        check_bits(job.recipe, job.bits)
         return quantize_static(transformer, adapter, data, progress)
     sites = [s for s in adapter.sites(transformer) if job.recipe.weight_bits(s.name, job.bits.weight) != 16]
     if not sites:
@@ -73,6 +70,12 @@ def quantize(
         _distil(transformer, adapter, layers, data, job, lambda done, _: progress(len(sites) + done, total))
     progress(total, total)
     return tuple(modules[site.name].fold() for site in sites)
+
+
+def check_bits(recipe: Recipe, bits: Bits) -> None:
+    """Refuse bits that a recipe's kind cannot have."""
+    if recipe.kind == "static" and bits != Bits(8, 8):
+        raise QvditError(f"--bits {bits} with recipe {recipe.name}", "w8a8", "the static recipe is INT8 only")
 
 
 def _smoothing(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from qvdit.contract import QvditError
-from qvdit.contract.files import read_json, sha256
+from qvdit.contract.files import inside, read_json, sha256
 from qvdit.models import ADAPTERS, ModelAdapter
 
 SHIPPED = {"wan-shapes": Path(__file__).parent.parent / "reference" / "wan-shapes"}
@@ -40,7 +40,13 @@ class SourceModel:
         from diffusers.utils import logging as diffusers_logging
 
         diffusers_logging.disable_progress_bar()
-        pipeline = _pipeline_class(self.path).from_pretrained(self.path, use_safetensors=True, dtype=torch.float32)
+        try:
+            pipeline = _pipeline_class(self.path).from_pretrained(self.path, use_safetensors=True, dtype=torch.float32)
+        except (ValueError, OSError, RuntimeError) as error:
+            refused = f"{self.path}, which diffusers refuses ({' '.join(str(error).split())[:300]})"
+            raise QvditError(
+                refused, "a whole pipeline of its own configuration", "copy or download it again"
+            ) from None
         pipeline.set_progress_bar_config(disable=True)
         pipeline.transformer.eval().requires_grad_(False)
         _check_finite(pipeline.transformer, self.path)
@@ -98,8 +104,11 @@ def check_safetensors(path: Path) -> None:
 def _weight_files(transformer: Path) -> list[Path]:
     index = transformer / "diffusion_pytorch_model.safetensors.index.json"
     if index.is_file():
-        shards = read_json(index, "an index of safetensors shards")["weight_map"].values()
-        return [transformer / name for name in sorted(set(shards))]
+        content = read_json(index, "an index of safetensors shards")
+        shards = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(shards, dict) or not shards:
+            raise QvditError(f"{index} without a weight_map", "an index of safetensors shards", "copy it again")
+        return [inside(transformer, str(name)) for name in sorted(set(shards.values()))]
     single = transformer / "diffusion_pytorch_model.safetensors"
     if not single.is_file():
         pickles = [p for p in sorted(transformer.glob("*")) if p.suffix in _PICKLES]
@@ -118,7 +127,8 @@ def _pickle_error(path: Path) -> QvditError:
 
 
 def _pipeline_name(path: Path) -> str:
-    return str(read_json(path / "model_index.json", "a pipeline's model_index.json").get("_class_name"))
+    content = read_json(path / "model_index.json", "a pipeline's model_index.json")
+    return str(content.get("_class_name") if isinstance(content, dict) else None)
 
 
 def _pipeline_class(path: Path) -> Any:

@@ -24,7 +24,10 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files that git tracks or would track, copied."""
     target = tmp_path_factory.mktemp("fresh") / "qvdit"
     listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
     )
     for name in listed.stdout.decode().split("\0"):
         if name and (ROOT / name).is_file():
@@ -37,7 +40,9 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle(checkout: Path) -> Path:
     """What the README's main command leaves."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST", "VIRTUAL_ENV", "PYTHONPATH"))}
-    done = subprocess.run(["bash", "-c", command("main")], cwd=checkout, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        ["bash", "-c", command("main")], cwd=checkout, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return checkout / "out" / "w4a8"
 

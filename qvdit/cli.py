@@ -91,7 +91,8 @@ def _stage_command(last: str) -> Callable[..., None]:
         videos: Videos = 3,
         threads: Threads = 2,
     ) -> None:
-        from qvdit.job import Job, JobSettings
+        from qvdit.job import Job
+        from qvdit.settings import JobSettings
 
         settings = JobSettings(
             model=model,
@@ -266,9 +267,10 @@ def compare(
     from qvdit import compare as comparison
     from qvdit.contract import Bits
     from qvdit.contract.files import write_json
-    from qvdit.job import Job, JobSettings, shipped_prompts
+    from qvdit.job import Job
     from qvdit.method.calibration import read_prompts
     from qvdit.quality import Trial
+    from qvdit.settings import JobSettings, shipped_prompts
     from qvdit.system import tool_versions
 
     settings = JobSettings(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property
 from pathlib import Path
@@ -27,14 +26,20 @@ from qvdit.contract.bundle import (
 from qvdit.contract.files import read_json, sha256, write_json
 from qvdit.contract.layer import Layer, WeightSize
 from qvdit.method import calibration, quantization, statistics
-from qvdit.method import recipe as recipes
 from qvdit.method.calibration import Progress, no_progress
-from qvdit.models.loading import WORLD_PIPELINE, SourceModel, find_model
+from qvdit.models.loading import SourceModel, find_model
+from qvdit.settings import (
+    JobSettings,
+    calibration_plan,
+    check_target,
+    choose_device,
+    choose_recipe,
+    quality_trial,
+)
 from qvdit.stages import Stages
 from qvdit.system import cpu_name, tool_versions
 
 STAGES = ("calibrate", "statistics", "quantize", "trace", "export", "parity", "speed", "quality")
-TARGETS = ("onnxruntime", "tensorrt")
 
 Observe = Callable[[str], Any]
 """Called with a stage's name; returns a context manager that gives the stage's progress callback."""
@@ -46,43 +51,19 @@ def unobserved(_: str) -> Iterator[Progress]:
     yield no_progress
 
 
-@dataclass(frozen=True)
-class JobSettings:
-    """Everything a user may choose; the defaults run the shipped model on two cores in under three minutes."""
-
-    model: str = "wan-shapes"
-    out: Path = Path("out")
-    bits: str = "w4a8"
-    recipe: str = "qvdit"
-    target: str = "onnxruntime"
-    prompts: Path | None = None  # a text file; the shipped prompts of the reference world when absent
-    prompt_count: int | None = None  # how many of them to sample; by device when absent
-    steps: int = 20
-    records: int = 8
-    guidance: float = 2.5
-    seed: int = 0
-    device: str = "auto"
-    distillation_steps: int | None = None
-    rank: int | None = None
-    layer_bits: dict[str, int] = field(default_factory=dict)
-    calibration: Path | None = None  # folder of calibration data and statistics, OUT/work/calibration when absent
-    videos: int = 3  # sampled by both models for the report
-    threads: int = 2
-
-
 class Job:
     """One model on its way to one bundle. Every stage can be run again; what is finished is reused."""
 
     def __init__(self, settings: JobSettings, observe: Observe = unobserved):
         self.settings, self.observe = settings, observe
         self.bits = Bits.parse(settings.bits)
-        self.recipe = self._recipe()
-        if settings.target not in TARGETS:
-            raise QvditError(f"--target {settings.target!r}", f"one of {', '.join(TARGETS)}", "check --target")
+        self.recipe = choose_recipe(settings)
+        check_target(settings.target)
         quantization.check_bits(self.recipe, self.bits)
-        self.device = _device(settings.device)
+        self.device = choose_device(settings.device)
         self.source: SourceModel = find_model(settings.model)
-        self.plan = self._plan()
+        self.plan = calibration_plan(settings, self.source, self.device)
+        self.trial = quality_trial(settings)
         self.out = settings.out
         self.work = self.out / "work"
         self._claim_output()
@@ -250,16 +231,14 @@ class Job:
 
     def quality(self, progress: Progress) -> None:
         """Sample the same videos with both models and measure them; then write the report from all stages."""
-        from qvdit.judge import judge_videos
+        from qvdit.quality import judge_videos
 
         path, videos = self.work / "quality.json", self.work / "videos.safetensors"
 
         def work() -> None:
-            write_json(
-                path, judge_videos(self.pipeline, self.out, self._trial(), videos, self.settings.threads, progress)
-            )
+            write_json(path, judge_videos(self.pipeline, self.out, self.trial, videos, self.settings.threads, progress))
 
-        key = [self.stages.result("export"), dataclasses.asdict(self._trial())]
+        key = [self.stages.result("export"), dataclasses.asdict(self.trial)]
         self.stages.run("quality", key, lambda: [path, videos], work)
         self.report()
 
@@ -267,7 +246,7 @@ class Job:
 
     def report(self) -> dict[str, Any]:
         """Write report.json and report.html from what the stages left; returns the former."""
-        from qvdit.judge import report_videos
+        from qvdit.quality import report_videos
         from qvdit.report import write_html
 
         size = WeightSize.of(self.layers)
@@ -294,54 +273,10 @@ class Job:
             "stages": {name: dataclasses.asdict(costs[name]) for name in STAGES},
         }
         write_json(self.out / "report.json", content)
-        write_html(content, report_videos(self.work / "videos.safetensors", self._trial()), self.out / "report.html")
+        write_html(content, report_videos(self.work / "videos.safetensors", self.trial), self.out / "report.html")
         return content
 
     # Details ---------------------------------------------------------------------------------------------------------
-
-    def _recipe(self) -> recipes.Recipe:
-        chosen = recipes.load(self.settings.recipe)
-        for glob, bits in self.settings.layer_bits.items():
-            recipes.check_layer_bits(glob, bits)
-        if self.settings.rank is not None:
-            if not 0 <= self.settings.rank <= recipes.MAX_RANK:
-                raise QvditError(f"--rank {self.settings.rank}", f"0 … {recipes.MAX_RANK}", "1 is the paper's")
-            chosen = recipes.override(chosen, tqe={"rank": self.settings.rank})
-        asked = self.settings.layer_bits  # the user's patterns come first, and win where the recipe has the same one
-        return dataclasses.replace(chosen, layer_bits={**asked, **{**chosen.layer_bits, **asked}})
-
-    def _plan(self) -> calibration.CalibrationPlan:
-        settings = self.settings
-        if settings.prompts is None and self.source.pipeline != WORLD_PIPELINE:
-            raise QvditError(
-                f"a {self.source.pipeline} and no --prompts",
-                "a text file of prompts that this model is used with",
-                "the shipped ones are for the drawn world: give --prompts FILE",
-            )
-        prompts = calibration.read_prompts(settings.prompts or shipped_prompts())
-        count = settings.prompt_count or (4 if self.device == "cpu" else 48)
-        if len(prompts) < count and settings.prompt_count:
-            raise QvditError(f"{len(prompts)} prompts", f"the {count} asked for", "lower --prompt-count")
-        if not prompts:
-            raise QvditError("no prompts", "at least one line in the prompts file", "check --prompts")
-        return calibration.CalibrationPlan(
-            prompts[:count],
-            settings.steps,
-            settings.records,
-            settings.guidance,
-            settings.seed,
-            self.source.fingerprint,
-        )
-
-    def _trial(self) -> Any:
-        from qvdit.quality import Trial
-
-        settings = self.settings
-        if settings.prompts is None:
-            known = calibration.read_prompts(shipped_prompts())
-            return Trial.fresh(settings.videos, 2026 + settings.seed, settings.steps, settings.guidance, known)
-        prompts = calibration.read_prompts(settings.prompts)[-settings.videos :]
-        return Trial(prompts, tuple(range(len(prompts))), settings.steps, settings.guidance)
 
     def _claim_output(self) -> None:
         if self.out.exists() and not self.out.is_dir():
@@ -398,20 +333,3 @@ class Job:
             versions=tool_versions(),
             files={name: sha256(self.out / name) for name in self._model_files()},
         )
-
-
-def shipped_prompts() -> Path:
-    """The calibration prompts of the reference world that come with the package."""
-    import qvdit.calib_data
-
-    return Path(qvdit.calib_data.__file__).parent / "shapes.txt"
-
-
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda"):
-        raise QvditError(f"--device {name!r}", "auto, cpu or cuda", "check --device")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise QvditError("--device cuda", "a GPU that PyTorch can see", "use --device cpu, or install a CUDA build")
-    return name

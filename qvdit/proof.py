@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def prove(
 
     inputs: FP16-representable, on the CPU. Returns what report.json holds under ``parity``.
     """
-    full_model = transformer.float().cpu()
+    full_model = copy.deepcopy(transformer).cpu().float()
     model = quantized_transformer(full_model, layers)
     runtime = LayerModels(bundle / ORT_MODEL, threads)
     compared: list[dict[str, Any]] = []

@@ -121,7 +121,8 @@ def make_job(wan_folder: Path) -> Callable[..., Any]:
     """``make_job(out, observe, **settings)``: a job on the tiny pipeline, two prompts and two steps."""
 
     def make(out: Path, observe: Any = None, **settings: Any) -> Any:
-        from qvdit.job import Job, JobSettings, unobserved
+        from qvdit.job import Job, unobserved
+        from qvdit.settings import JobSettings
 
         small = {"prompt_count": 2, "steps": 2, "records": 2, "videos": 1, "device": "cpu", "threads": 1}
         return Job(JobSettings(**{"model": str(wan_folder), "out": out, **small, **settings}), observe or unobserved)

@@ -1,0 +1,111 @@
+"""What a user may choose, and what follows from it: recipe, device, calibration plan, prompts to judge by."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from qvdit.contract import QvditError
+from qvdit.method import recipe as recipes
+from qvdit.method.calibration import CalibrationPlan, read_prompts
+from qvdit.models.loading import WORLD_PIPELINE, SourceModel
+from qvdit.quality import Trial
+
+TARGETS = ("onnxruntime", "tensorrt")
+_PROMPTS = {"cpu": 4, "cuda": 48}  # sampled for calibration when the user does not say
+
+
+@dataclass(frozen=True)
+class JobSettings:
+    """Everything a user may choose; the defaults run the shipped model on two cores in under three minutes."""
+
+    model: str = "wan-shapes"
+    out: Path = Path("out")
+    bits: str = "w4a8"
+    recipe: str = "qvdit"
+    target: str = "onnxruntime"
+    prompts: Path | None = None  # a text file; the shipped prompts of the reference world when absent
+    prompt_count: int | None = None  # how many of them to sample; by device when absent
+    steps: int = 20
+    records: int = 8
+    guidance: float = 2.5
+    seed: int = 0
+    device: str = "auto"
+    distillation_steps: int | None = None
+    rank: int | None = None
+    layer_bits: dict[str, int] = field(default_factory=dict)
+    calibration: Path | None = None  # folder of calibration data and statistics, OUT/work/calibration when absent
+    videos: int = 3  # sampled by both models for the report
+    threads: int = 2
+
+
+def check_target(target: str) -> None:
+    """Refuse a target that there is no builder for."""
+    if target not in TARGETS:
+        raise QvditError(f"--target {target!r}", f"one of {', '.join(TARGETS)}", "check --target")
+
+
+def choose_recipe(settings: JobSettings) -> recipes.Recipe:
+    """The recipe, with the user's rank and layer bits in it."""
+    chosen = recipes.load(settings.recipe)
+    for glob, bits in settings.layer_bits.items():
+        recipes.check_layer_bits(glob, bits)
+    if settings.rank is not None:
+        if not 0 <= settings.rank <= recipes.MAX_RANK:
+            raise QvditError(f"--rank {settings.rank}", f"0 … {recipes.MAX_RANK}", "1 is the paper's")
+        chosen = recipes.override(chosen, tqe={"rank": settings.rank})
+    asked = settings.layer_bits  # the user's patterns come first, and win where the recipe has the same one
+    return dataclasses.replace(chosen, layer_bits={**asked, **{**chosen.layer_bits, **asked}})
+
+
+def calibration_plan(settings: JobSettings, source: SourceModel, device: str) -> CalibrationPlan:
+    """What to sample for calibration."""
+    if settings.prompts is None and source.pipeline != WORLD_PIPELINE:
+        raise QvditError(
+            f"a {source.pipeline} and no --prompts",
+            "a text file of prompts that this model is used with",
+            "the shipped ones are for the drawn world: give --prompts FILE",
+        )
+    prompts = read_prompts(settings.prompts or shipped_prompts())
+    if not prompts:
+        raise QvditError("no prompts", "at least one line in the prompts file", "check --prompts")
+    if settings.prompt_count and len(prompts) < settings.prompt_count:
+        raise QvditError(f"{len(prompts)} prompts", f"the {settings.prompt_count} asked for", "lower --prompt-count")
+    return CalibrationPlan(
+        prompts[: settings.prompt_count or _PROMPTS[device]],
+        settings.steps,
+        settings.records,
+        settings.guidance,
+        settings.seed,
+        source.fingerprint,
+    )
+
+
+def quality_trial(settings: JobSettings) -> Trial:
+    """What to sample for the report: fresh prompts of the drawn world, or the last ones of the user's file."""
+    if settings.prompts is None:
+        known = read_prompts(shipped_prompts())
+        return Trial.fresh(settings.videos, 2026 + settings.seed, settings.steps, settings.guidance, known)
+    prompts = read_prompts(settings.prompts)[-settings.videos :]
+    return Trial(prompts, tuple(range(len(prompts))), settings.steps, settings.guidance)
+
+
+def shipped_prompts() -> Path:
+    """The calibration prompts of the reference world that come with the package."""
+    import qvdit.calib_data
+
+    return Path(qvdit.calib_data.__file__).parent / "shapes.txt"
+
+
+def choose_device(name: str) -> str:
+    """``auto``, ``cpu`` or ``cuda`` → the device that calibration and distillation run on."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name not in ("cpu", "cuda"):
+        raise QvditError(f"--device {name!r}", "auto, cpu or cuda", "check --device")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise QvditError("--device cuda", "a GPU that PyTorch can see", "use --device cpu, or install a CUDA build")
+    return name

@@ -32,6 +32,8 @@ def save_model(model: onnx.ModelProto, path: Path, external_from: int = EXTERNAL
     path.unlink(missing_ok=True)
     data.unlink(missing_ok=True)
     onnx.external_data_helper.write_external_data_tensors(written, str(path.parent))
+    with data.open("rb+") as file:
+        os.fsync(file.fileno())
     _write(partial, written.SerializeToString(deterministic=True))
     partial.replace(path)
     return [path, data]

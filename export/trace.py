@@ -46,7 +46,7 @@ def trace(
     """Export a transformer with placeholders for ``layers`` (name → N).
 
     Batch and, where the family allows it, the video's size are dynamic. Inputs keep diffusers' names; the output is
-    called ``sample``. ``inputs`` are an example with a batch of at least 2.
+    called ``sample``. ``inputs`` are an example.
     """
     model: Any = copy.deepcopy(transformer).cpu().float().eval()
     adapter.prepare_for_export(model)

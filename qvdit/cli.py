@@ -38,7 +38,7 @@ PromptCount = Annotated[int | None, typer.Option(min=1, help="Prompts to sample 
 Steps = Annotated[int, typer.Option(min=1, help="Steps of the sampler, for calibration and videos.")]
 Records = Annotated[int, typer.Option(min=1, help="Steps recorded of each calibration trajectory.")]
 Guidance = Annotated[float, typer.Option(help="Classifier-free guidance scale.")]
-Seed = Annotated[int, typer.Option(help="The same seed gives the same bytes.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="The same seed gives the same bytes, on a CPU.")]
 Device = Annotated[str, typer.Option(help="Where calibration and distillation run: auto, cpu or cuda.")]
 DistillSteps = Annotated[
     int | None, typer.Option(min=0, help="Distillation budget; 0 is none [default: the recipe's, 0 on a CPU].")
@@ -269,6 +269,7 @@ def compare(
     from qvdit.contract.files import write_json
     from qvdit.job import Job
     from qvdit.method.calibration import read_prompts
+    from qvdit.method.recipe import load
     from qvdit.quality import Trial
     from qvdit.settings import JobSettings, shipped_prompts
     from qvdit.system import tool_versions
@@ -286,7 +287,7 @@ def compare(
     job = Job(settings)
     trial = Trial.fresh(videos, 2026 + seed, steps, guidance, read_prompts(shipped_prompts()))
     widths = tuple(Bits.parse(text) for text in bits.split(","))
-    chosen = tuple(recipes.split(","))
+    chosen = tuple(load(name) for name in recipes.split(","))
     task = comparison.Comparison(job.source, chosen, widths, job.plan, trial, job.device, distill_steps, batch, seed)
     cells = comparison.run(task, out / "work", lambda text: errors.print(f"[dim]{text}[/dim]"))
     name = torch.cuda.get_device_name() if job.device == "cuda" else "cpu"
@@ -338,7 +339,11 @@ def _progress() -> Iterator[Callable[[str], Any]]:
         @contextmanager
         def observe(stage: str) -> Iterator[Callable[[int, int], None]]:
             task = bars.add_task(stage, total=None)
-            yield lambda done, total: bars.update(task, completed=done, total=total)
+            try:
+                yield lambda done, total: bars.update(task, completed=done, total=total)
+            except KeyboardInterrupt:
+                console.print("stopped; run the same command again to go on")
+                raise typer.Exit(130) from None
             bars.update(task, completed=1, total=1)
 
         yield observe
@@ -411,9 +416,15 @@ def _guarded(command: Callable[[], Any]) -> None:
     except QvditError as error:
         errors.print(f"error: {error}", style="red", soft_wrap=True, highlight=False, markup=False)
         sys.exit(2)
-    except KeyboardInterrupt:
-        errors.print("stopped; run the same command again to go on", soft_wrap=True)
-        sys.exit(130)
+    except OSError as error:
+        if os.environ.get("QVDIT_DEBUG"):
+            raise
+        where = f" {error.filename}" if error.filename else ""
+        text = (
+            f"error: got {error.strerror or error}{where}; expected files that can be read and written; check the paths"
+        )
+        errors.print(text, style="red", soft_wrap=True, highlight=False, markup=False)
+        sys.exit(2)
 
 
 @app.callback(invoke_without_command=True)

@@ -20,11 +20,13 @@ from safetensors.torch import load_file, save_file
 from qvdit.contract import Bits
 from qvdit.contract.files import read_json, write_atomic, write_json
 from qvdit.contract.layer import WeightSize
-from qvdit.method import calibration, quantization, recipe, statistics
+from qvdit.method import calibration, quantization, statistics
+from qvdit.method.recipe import Recipe
 from qvdit.method.reference import quantized_transformer
 from qvdit.models.loading import SourceModel
 from qvdit.quality import Trial, means_and_errors, measurements, sample_trial
 from qvdit.reference import measure
+from qvdit.system import tool_versions
 
 Say = Callable[[str], None]
 
@@ -34,7 +36,7 @@ class Comparison:
     """What to compare."""
 
     model: SourceModel
-    recipes: tuple[str, ...]
+    recipes: tuple[Recipe, ...]
     bits: tuple[Bits, ...]
     plan: calibration.CalibrationPlan
     trial: Trial
@@ -43,10 +45,29 @@ class Comparison:
     batch: int  # videos sampled at once
     seed: int
 
+    def check(self) -> None:
+        """Refuse a pair of recipe and bits that cannot be, before any is measured."""
+        for chosen in self.recipes:
+            for bits in self.bits:
+                quantization.check_bits(chosen, bits)
+
+    def budget(self, chosen: Recipe) -> int:
+        """Distillation steps of a recipe."""
+        return chosen.distillation_steps(self.device, self.distillation_steps)
+
     def key(self) -> str:
         """A digest of what all cells share."""
-        shared = [dataclasses.asdict(self.plan), dataclasses.asdict(self.trial), self.seed]
-        return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:12]
+        return _digest(
+            [dataclasses.asdict(self.plan), dataclasses.asdict(self.trial), self.seed, self.device, self.batch]
+        )
+
+    def cell_key(self, chosen: Recipe) -> str:
+        """A digest of what a recipe's cells depend on besides."""
+        return _digest([dataclasses.asdict(chosen), self.budget(chosen), tool_versions()])
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def run(comparison: Comparison, folder: Path, say: Say) -> list[dict[str, Any]]:
@@ -55,6 +76,7 @@ def run(comparison: Comparison, folder: Path, say: Say) -> list[dict[str, Any]]:
     pipeline = comparison.model.load(comparison.device)
     adapter, full = comparison.model.adapter, pipeline.transformer
     say("calibration")
+    comparison.check()
     data = calibration.record(pipeline, adapter, comparison.plan, folder / "calibration")
     sites = adapter.sites(full)
     stats = statistics.collect(full, sites, data, folder / "statistics.safetensors")
@@ -63,18 +85,14 @@ def run(comparison: Comparison, folder: Path, say: Say) -> list[dict[str, Any]]:
     cells = [_cell(comparison, "fp", None, None, 0.0, reference, reference)]
     write_json(folder / "cells" / "fp.json", cells[0])
     for bits in comparison.bits:
-        for name in comparison.recipes:
-            path = folder / "cells" / f"{name}-{bits}-{_budget(comparison, name)}.json"
+        for chosen in comparison.recipes:
+            path = folder / "cells" / f"{chosen.name}-{bits}-{comparison.cell_key(chosen)}.json"
             if not path.is_file():
-                say(f"{name} {bits}")
-                write_json(path, _measure(pipeline, comparison, stats, data, name, bits, reference))
+                say(f"{chosen.name} {bits}")
+                write_json(path, _measure(pipeline, comparison, stats, data, chosen, bits, reference))
                 pipeline.transformer = full
             cells.append(read_json(path, "a cell of the comparison"))
     return cells
-
-
-def _budget(comparison: Comparison, name: str) -> int:
-    return recipe.load(name).distillation_steps(comparison.device, comparison.distillation_steps)
 
 
 def _reference_videos(pipeline: Any, comparison: Comparison, path: Path) -> torch.Tensor:
@@ -89,19 +107,19 @@ def _measure(
     comparison: Comparison,
     stats: statistics.Statistics,
     data: calibration.CalibrationData,
-    name: str,
+    chosen: Recipe,
     bits: Bits,
     reference: torch.Tensor,
 ) -> dict[str, Any]:
     started = time.monotonic()
-    steps = _budget(comparison, name)
-    job = quantization.QuantizationJob(recipe.load(name), bits, steps, comparison.seed)
+    steps = comparison.budget(chosen)
+    job = quantization.QuantizationJob(chosen, bits, steps, comparison.seed)
     layers = quantization.quantize(pipeline.transformer, comparison.model.adapter, stats, data, job)
     seconds = time.monotonic() - started
     pipeline.transformer = quantized_transformer(pipeline.transformer, layers)
     videos = sample_trial(pipeline, comparison.trial, comparison.batch)
-    cell = _cell(comparison, name, bits, WeightSize.of(layers), seconds, videos, reference)
-    return {**cell, "distillation_steps": steps}
+    cell = _cell(comparison, chosen.name, bits, WeightSize.of(layers), seconds, videos, reference)
+    return {**cell, "distillation_steps": steps, "regime": "mixed" if chosen.layer_bits else "uniform"}
 
 
 def _cell(

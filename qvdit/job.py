@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import date
@@ -21,6 +22,7 @@ from qvdit.contract.bundle import (
     QDQ_MODEL,
     TENSORRT_MODEL,
     Manifest,
+    read_manifest,
     write_manifest,
 )
 from qvdit.contract.files import read_json, sha256, write_json
@@ -88,7 +90,7 @@ class Job:
         """The calibration shards."""
         folder = self.calibration_folder / "shards"
         return calibration.CalibrationData(
-            tuple(folder / f"shard-{index:05d}.safetensors" for index in range(len(self.plan.prompts)))
+            tuple(calibration.shard_path(folder, index) for index in range(len(self.plan.prompts)))
         )
 
     @cached_property
@@ -118,7 +120,9 @@ class Job:
             "calibrate",
             dataclasses.asdict(self.plan),
             lambda: list(self.data.shards),
-            lambda: calibration.record(self.pipeline, self.source.adapter, self.plan, folder, progress),
+            lambda: calibration.record(
+                self.pipeline, self.source.adapter, self.plan, folder, progress, overwrite=not self.settings.calibration
+            ),
         )
 
     def statistics(self, progress: Progress) -> None:
@@ -140,7 +144,8 @@ class Job:
         folder = self.out / "quantized"
 
         def work() -> None:
-            (self.out / MANIFEST).unlink(missing_ok=True)  # from here on the folder is no whole bundle
+            self._withdraw()
+            self._check_layer_bits()
             stats = statistics.load(self.calibration_folder / "statistics.safetensors")
             job = quantization.QuantizationJob(self.recipe, self.bits, steps, self.settings.seed)
             layers = quantization.quantize(
@@ -188,8 +193,7 @@ class Job:
         written: list[Path] = []
 
         def work() -> None:
-            (self.out / MANIFEST).unlink(missing_ok=True)
-            (self.out / TENSORRT_MODEL).unlink(missing_ok=True)  # perhaps of another recipe
+            self._withdraw()
             full = self._full_weights() if self._kept_layers() else {}
             written.extend(export_onnx(self.work / "traced.onnx", self.layers, full, self.out, progress))
             if self.settings.target == "tensorrt":
@@ -198,8 +202,7 @@ class Job:
 
         key = [self.stages.result("quantize"), self.stages.result("trace"), self.settings.target]
         self.stages.run("export", key, lambda: written, work)
-        if not (self.out / MANIFEST).is_file():
-            write_manifest(self.out, self._manifest())
+        self._keep_manifest()
 
     def parity(self, progress: Progress) -> None:
         """PyTorch's quantized model against the runtime, layer by layer and whole; saves a reference for devices."""
@@ -227,7 +230,9 @@ class Job:
             models = (self.work / "baseline.onnx", self.out / ORT_MODEL)
             write_json(path, measure_speed(*models, inputs, self.layers[0], self.settings.threads, progress))
 
-        self.stages.run("speed", [self.stages.result("export"), self.settings.threads], lambda: [path], work)
+        self.stages.run(
+            "speed", [self.stages.result("export"), self.settings.threads, cpu_name()], lambda: [path], work
+        )
 
     def quality(self, progress: Progress) -> None:
         """Sample the same videos with both models and measure them; then write the report from all stages."""
@@ -291,9 +296,24 @@ class Job:
                     "choose another --out",
                 )
             return
-        if self.out.exists() and any(self.out.iterdir()):
+        if self.out.exists() and any(path != self.work for path in self.out.iterdir()):
             raise QvditError(f"--out {self.out}, which holds other files", "an empty folder", "choose another --out")
         write_json(owner, {"model": self.source.name, "source": self.source.fingerprint})
+
+    def _check_layer_bits(self) -> None:
+        """Refuse a pattern of the user's that no layer's name matches."""
+        names = [site.name for site in self.sites]
+        for glob in self.settings.layer_bits:
+            if not fnmatch.filter(names, glob):
+                raise QvditError(
+                    f"--layer-bits {glob!r}, which no layer matches", f"a pattern for names like {names[0]}", "mend it"
+                )
+
+    def _withdraw(self) -> None:
+        """Take away, manifest first, what tells of an earlier export: from here on the folder is no whole bundle."""
+        stale = (MANIFEST, PARITY_INPUTS, PARITY_REFERENCE, "report.json", "report.html")
+        for name in (*stale, TENSORRT_MODEL, f"{TENSORRT_MODEL}.data"):
+            (self.out / name).unlink(missing_ok=True)
 
     def _kept_layers(self) -> bool:
         return len(self.layers) < len(self.sites)
@@ -311,6 +331,16 @@ class Job:
         names += [TENSORRT_MODEL] if self.settings.target == "tensorrt" else []
         names += [f"{name}.data" for name in (QDQ_MODEL, ORT_MODEL, TENSORRT_MODEL)]
         return [name for name in names if (self.out / name).is_file()]
+
+    def _keep_manifest(self) -> None:
+        """Write the manifest unless the very same one is there: a damaged one is mended."""
+        manifest = self._manifest()
+        try:
+            there = read_manifest(self.out)
+        except QvditError:
+            there = None
+        if there != manifest:
+            write_manifest(self.out, manifest)
 
     def _manifest(self) -> Manifest:
         adapter = self.source.adapter

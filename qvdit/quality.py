@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,8 +40,12 @@ class Trial:
         prompts: list[str] = []
         while len(prompts) < count:
             prompts += [s.prompt for s in world.SceneBatch.draw(count, generator).scenes() if s.prompt not in known]
-        seeds = tuple(seed * 1_000_003 + i for i in range(count))
-        return Trial(tuple(prompts[:count]), seeds, steps, guidance)
+        return Trial.of(tuple(prompts[:count]), seed, steps, guidance)
+
+    @staticmethod
+    def of(prompts: tuple[str, ...], seed: int, steps: int, guidance: float) -> Trial:
+        """Given prompts, each with a seed of its own that calibration does not use."""
+        return Trial(prompts, tuple(seed * 1_000_003 + i for i in range(len(prompts))), steps, guidance)
 
 
 def sample_trial(pipeline: Any, trial: Trial, batch: int, progress: Progress = no_progress) -> torch.Tensor:
@@ -66,15 +71,23 @@ def measurements(videos: torch.Tensor, trial: Trial) -> dict[str, torch.Tensor]:
     return measure.measure(videos, world.SceneBatch.from_scenes(scenes))
 
 
+def finite(value: float) -> float | None:
+    """The value, or None for NaN and Inf, which JSON cannot hold: a model that yields NaN has no PSNR."""
+    return value if math.isfinite(value) else None
+
+
 def means(values: dict[str, torch.Tensor]) -> dict[str, float]:
     """The mean of every measurement."""
     return {name: value.mean().item() for name, value in values.items()}
 
 
-def means_and_errors(values: dict[str, torch.Tensor]) -> dict[str, dict[str, float]]:
+def means_and_errors(values: dict[str, torch.Tensor]) -> dict[str, dict[str, float | None]]:
     """Mean and standard error of the mean of every measurement."""
     return {
-        name: {"mean": value.mean().item(), "sem": (value.std() / len(value) ** 0.5).item() if len(value) > 1 else 0.0}
+        name: {
+            "mean": finite(value.mean().item()),
+            "sem": finite((value.std() / len(value) ** 0.5).item()) if len(value) > 1 else 0.0,
+        }
         for name, value in values.items()
     }
 
@@ -99,8 +112,8 @@ def judge_videos(
     return {
         "videos": count,
         "prompts": list(trial.prompts),
-        "psnr_db": measure.psnr(quantized, full).mean().item() if measured else None,
-        "rel_err": relative_error(quantized.numpy(), full.numpy()),
+        "psnr_db": finite(measure.psnr(quantized, full).mean().item()) if measured else None,
+        "rel_err": finite(relative_error(quantized.numpy(), full.numpy())),
         "fp": means(measured),
         "quantized": means(measurements(quantized, trial)),
     }

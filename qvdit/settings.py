@@ -51,6 +51,16 @@ def check_target(target: str) -> None:
 def choose_recipe(settings: JobSettings) -> recipes.Recipe:
     """The recipe, with the user's rank and layer bits in it."""
     chosen = recipes.load(settings.recipe)
+    if settings.distillation_steps and not chosen.distillation.steps:
+        raise QvditError(
+            f"--distill-steps {settings.distillation_steps} with recipe {chosen.name}",
+            "a recipe that trains",
+            "leave it out, or choose another recipe",
+        )
+    if chosen.kind == "static" and (settings.layer_bits or settings.rank):
+        raise QvditError(
+            f"--layer-bits or --rank with recipe {chosen.name}", "neither", "leave them out: its layers are all INT8"
+        )
     for glob, bits in settings.layer_bits.items():
         recipes.check_layer_bits(glob, bits)
     if settings.rank is not None:
@@ -80,7 +90,7 @@ def calibration_plan(settings: JobSettings, source: SourceModel, device: str) ->
         settings.records,
         settings.guidance,
         settings.seed,
-        source.fingerprint,
+        source.sampling,
     )
 
 
@@ -90,7 +100,7 @@ def quality_trial(settings: JobSettings) -> Trial:
         known = read_prompts(shipped_prompts())
         return Trial.fresh(settings.videos, 2026 + settings.seed, settings.steps, settings.guidance, known)
     prompts = read_prompts(settings.prompts)[-settings.videos :]
-    return Trial(prompts, tuple(range(len(prompts))), settings.steps, settings.guidance)
+    return Trial.of(prompts, 2026 + settings.seed, settings.steps, settings.guidance)
 
 
 def shipped_prompts() -> Path:

@@ -92,7 +92,7 @@ def _linear_models(like: Layer, rng: np.random.Generator) -> tuple[onnx.ModelPro
 def _random_layer(like: Layer, rng: np.random.Generator, bias: np.ndarray) -> Layer:
     n, k = LINEAR
     half = 1 << (like.weight_bits - 1)
-    weight_q = rng.integers(-half, half, (n, k)).astype(np.int8)
+    weight_q = rng.integers(1 - half, half, (n, k)).astype(np.int8)
     scale = rng.random(n, dtype=np.float32) * 0.01 + 0.001
     smooth = None if like.inv_smooth is None else rng.random(k, dtype=np.float32) + 0.5
     if isinstance(like, StaticInt8Layer):

@@ -7,7 +7,19 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-TOOLS = ("qvdit", "torch", "diffusers", "onnx", "onnxscript", "onnxruntime", "nvidia-modelopt", "numpy", "safetensors")
+TOOLS = (
+    "qvdit",
+    "torch",
+    "diffusers",
+    "transformers",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "onnxruntime",
+    "nvidia-modelopt",
+    "numpy",
+    "safetensors",
+)
 
 
 def tool_versions() -> dict[str, str]:

@@ -12,6 +12,7 @@ import onnx
 import onnx.helper
 import onnx.utils
 
+from qvdit.contract import QvditError
 from qvdit.contract.parity import LayerOutputs
 from qvdit.runtimes.onnxruntime import session
 
@@ -35,16 +36,13 @@ class LayerModels:
             if node.op_type == "QuantizeLinear" and node.output[0].endswith(":x_q")
         }
 
-    @property
-    def names(self) -> list[str]:
-        """Names of the layers."""
-        return [*self._calls, *self._static]
-
     def run(self, name: str, x: np.ndarray, tokens_per_frame: int) -> LayerOutputs:
         """Run one layer on its input, float32 [..., K]."""
         if name in self._static:
             return self._run_static(name, x)
-        call = self._calls[name]
+        call = self._calls.get(name)
+        if call is None:
+            raise QvditError(f"layer {name}", "a layer of this model", "export the model again")
         outputs = ["y", "x_q", "acc"]
         symmetric = onnx.helper.get_node_attr_value(call, "act_symmetric")
         feed = {"x": x}

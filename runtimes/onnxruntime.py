@@ -80,7 +80,16 @@ class OnnxRuntimeSession:
 
     def infer_impl(self, feed: dict[str, np.ndarray]) -> np.ndarray:
         """Run without checks."""
-        return self._session.run(None, feed)[0]
+        try:
+            return self._session.run(None, feed)[0]
+        except Exception as error:  # onnxruntime raises its own classes, without a common base
+            shapes = {name: value.shape for name, value in feed.items()}
+            text = " ".join(str(error).split())
+            raise QvditError(
+                f"inputs of shapes {shapes}, which {self.path} refuses ({text})",
+                "sizes it can compute",
+                "see that height and width are multiples of the patch size",
+            ) from None
 
     def __enter__(self) -> OnnxRuntimeSession:
         return self

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from qvdit.contract import QvditError
 from qvdit.contract.bundle import ORT_MODEL
 from qvdit.contract.parity import (
     LayerParity,
@@ -14,8 +16,10 @@ from qvdit.contract.parity import (
     compare_models,
     load_reference,
 )
-from qvdit.runtimes.layers import LayerModels
 from qvdit.runtimes.onnxruntime import OnnxRuntimeSession
+
+if TYPE_CHECKING:
+    from qvdit.runtimes.layers import LayerModels
 
 
 def compare_layers(models: LayerModels, references: Iterable[LayerReference]) -> Iterator[LayerParity]:
@@ -26,6 +30,10 @@ def compare_layers(models: LayerModels, references: Iterable[LayerReference]) ->
 
 def check_bundle(bundle: Path, threads: int | None = None) -> tuple[list[LayerParity], ModelParity]:
     """A bundle's own parity check on this machine: every layer, then the whole model. Needs no PyTorch."""
+    try:
+        from qvdit.runtimes.layers import LayerModels
+    except ImportError:
+        raise QvditError("no onnx", "the package onnx, to look inside the model", "pip install onnx") from None
     saved = load_reference(bundle)
     layers = list(compare_layers(LayerModels(bundle / ORT_MODEL, threads), saved.layers))
     with OnnxRuntimeSession(bundle / ORT_MODEL, threads) as session:

@@ -1,4 +1,4 @@
-"""What the method, the exporter and the runtimes share: standard library and numpy only."""
+"""What the method, the exporter and the runtimes share: standard library, numpy and safetensors only."""
 
 from qvdit.contract.bits import ACT_BITS, WEIGHT_BITS, Bits
 from qvdit.contract.errors import QvditError

@@ -46,6 +46,7 @@ def save(checkpoint: QuantizedCheckpoint, folder: Path) -> None:
                 value = packing.pack(value, layer.weight_bits, getattr(layer, "weight_zero", None))
             tensors[f"{layer.name}:{field}"] = np.asarray(value, order="C")
         described.append(_describe(layer))
+    (folder / CONFIG).unlink(missing_ok=True)
     write_atomic(folder / WEIGHTS, lambda temporary: save_file(tensors, temporary))
     fields = {f.name: getattr(checkpoint, f.name) for f in dataclasses.fields(checkpoint) if f.name != "layers"}
     write_json(folder / CONFIG, {"format": FORMAT, "layers": described, **fields})

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
-from qvdit.contract.bundle import PARITY_INPUTS, PARITY_REFERENCE
+from qvdit.contract.bundle import ORT_MODEL, PARITY_INPUTS, PARITY_REFERENCE
 from qvdit.contract.errors import QvditError
-from qvdit.contract.files import write_atomic
+from qvdit.contract.files import sha256, write_atomic
+
+_MODEL = "model_sha256"  # key of the parity files' metadata: the model they are a reference for
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ class ModelParity:
 
 def relative_error(value: np.ndarray, reference: np.ndarray) -> float:
     """‖value - reference‖ / ‖reference‖ in float64."""
+    if value.shape != reference.shape:
+        return math.inf
     difference = _norm(value.astype(np.float64) - reference.astype(np.float64))
     return difference / max(_norm(reference.astype(np.float64)), 1e-30)
 
@@ -126,14 +131,16 @@ def save_reference(saved: SavedParity, bundle: Path) -> None:
         reference[f"layer:{layer.name}:y"] = layer.outputs.y
         if layer.outputs.acc is not None:
             reference[f"layer:{layer.name}:acc"] = layer.outputs.acc.astype(np.int32)
+    metadata = {_MODEL: sha256(bundle / ORT_MODEL)}
     for name, tensors in ((PARITY_INPUTS, inputs), (PARITY_REFERENCE, reference)):
         contiguous = {key: np.asarray(value, order="C") for key, value in tensors.items()}
-        write_atomic(bundle / name, partial(save_file, contiguous))
+        write_atomic(bundle / name, partial(save_file, contiguous, metadata=metadata))
 
 
 def load_reference(bundle: Path) -> SavedParity:
     """Read a bundle's reference run."""
-    inputs, reference = _load(bundle / PARITY_INPUTS), _load(bundle / PARITY_REFERENCE)
+    model = sha256(bundle / ORT_MODEL)
+    inputs, reference = _load(bundle / PARITY_INPUTS, model), _load(bundle / PARITY_REFERENCE, model)
     try:
         return _restore(inputs, reference)
     except (KeyError, IndexError) as error:
@@ -141,8 +148,12 @@ def load_reference(bundle: Path) -> SavedParity:
         raise QvditError(missing, "those of one export", "export the model again") from None
 
 
-def _load(path: Path) -> dict[str, np.ndarray]:
+def _load(path: Path, model: str) -> dict[str, np.ndarray]:
     try:
+        with safe_open(path, framework="numpy") as file:
+            of_model = (file.metadata() or {}).get(_MODEL)
+        if of_model != model:
+            raise QvditError(f"{path} of another model", "the parity files of this bundle", "export the model again")
         return load_file(path)
     except (OSError, SafetensorError) as error:
         found = f"{path}, which is damaged ({error})" if path.is_file() else f"no file {path}"

@@ -39,7 +39,7 @@ class CalibrationPlan:
     records: int = 8  # steps recorded of each trajectory, spread evenly over it
     guidance: float = 2.5
     seed: int = 0
-    source: str = ""  # fingerprint of the model
+    source: str = ""  # digest of the pipeline that samples
 
     def recorded_steps(self) -> list[int]:
         """Indices of the recorded steps, from the first (most noise) to the last."""
@@ -71,11 +71,14 @@ class CalibrationData:
             for value in step.unique():
                 yield {name: tensor[step == value] for name, tensor in tensors.items()}
 
-    def load(self, device: torch.device | str) -> dict[str, torch.Tensor]:
-        """Every record in one batch on a device, without the step."""
-        loaded = [load_file(shard) for shard in self.shards]
-        names = [name for name in loaded[0] if name != "step"]
-        return {name: torch.cat([shard[name] for shard in loaded]).to(device) for name in names}
+    def groups(self) -> list[dict[str, torch.Tensor]]:
+        """All records on the CPU, those of equal shapes in one batch: prompts may differ in length."""
+        found: dict[tuple[torch.Size, ...], list[dict[str, torch.Tensor]]] = {}
+        for shard in self.shards:
+            tensors = load_file(shard)
+            tensors.pop("step")
+            found.setdefault(tuple(tensors[name].shape[1:] for name in sorted(tensors)), []).append(tensors)
+        return [{name: torch.cat([m[name] for m in members]) for name in members[0]} for members in found.values()]
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
@@ -88,16 +91,35 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     return tuple(line for line in lines if line and not line.startswith("#"))
 
 
+def shard_path(folder: Path, index: int) -> Path:
+    """The file of prompt ``index``."""
+    return folder / f"shard-{index:05d}.safetensors"
+
+
 def record(
-    pipeline: Any, adapter: ModelAdapter, plan: CalibrationPlan, folder: Path, progress: Progress = no_progress
+    pipeline: Any,
+    adapter: ModelAdapter,
+    plan: CalibrationPlan,
+    folder: Path,
+    progress: Progress = no_progress,
+    overwrite: bool = True,
 ) -> CalibrationData:
-    """Sample the prompts that have no shard in ``folder`` yet, and return all shards of the plan."""
+    """Sample the prompts that have no shard in ``folder`` yet, and return all shards of the plan.
+
+    Shards of another plan or model are replaced, or, without ``overwrite``, refused.
+    """
     shards = []
     for index, prompt in enumerate(plan.prompts):
-        shard = folder / f"shard-{index:05d}.safetensors"
+        shard = shard_path(folder, index)
         progress(index, len(plan.prompts))
         identity = plan.identity(index)
         if not _matches(shard, identity):
+            if shard.exists() and not overwrite:
+                raise QvditError(
+                    f"--calibration with {shard}, recorded from another model or with other settings",
+                    "calibration data of this job",
+                    "choose another folder, or the settings it was made with",
+                )
             tensors = _record_one(pipeline, adapter, plan, prompt, plan.seed + index)
             _check(tensors, prompt)
             write_atomic(shard, partial(save_file, tensors, metadata=identity))
@@ -158,7 +180,7 @@ def sample(pipeline: Any, prompts: list[str], steps: int, guidance: float, seeds
         return pipeline(**arguments).frames
     except ValueError as error:
         refused = f"{prompts[0]!r}, which the pipeline refuses ({' '.join(str(error).split())})"
-        raise QvditError(refused, "a prompt and settings that the model knows", "check the prompts") from None
+        raise QvditError(refused, "a prompt and settings that it takes", "see what it says") from None
 
 
 def _check(tensors: dict[str, torch.Tensor], prompt: str) -> None:

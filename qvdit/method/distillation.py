@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from qvdit.contract import QvditError
 from qvdit.method.calibration import Progress, no_progress
 from qvdit.method.recipe import DistillationBlock
 from qvdit.method.training import TrainableLinear
@@ -51,21 +52,23 @@ def distil(
     layers: list[TrainableLinear],
     adapter: ModelAdapter,
     config: dict[str, Any],
-    inputs: dict[str, torch.Tensor],  # calibration records on the model's device
+    groups: list[dict[str, torch.Tensor]],  # calibration records on the CPU, equal shapes together
     block: DistillationBlock,
     steps: int,
     seed: int,
     progress: Progress = no_progress,
 ) -> float:
-    """Train the layers inside the student, in place; returns the last step's loss. Deterministic under the seed."""
-    device = next(iter(inputs.values())).device
+    """Train the layers inside the student, in place; returns the last step's loss.
+
+    Deterministic under the seed on a CPU; on a GPU the gradient of attention is not.
+    """
     generator = torch.Generator().manual_seed(seed)
     for layer in layers:
         layer.quantize_activations = block.quantize_activations
         layer.requires_grad_(True)
-    groups = _parameter_groups(layers, block)
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    records = len(inputs["hidden_states"])
+    device = next(student.parameters()).device
+    optimizer = torch.optim.AdamW(_parameter_groups(layers, block), weight_decay=0.0)
+    sizes = torch.tensor([len(group["hidden_states"]) for group in groups], dtype=torch.float64)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     loss = torch.tensor(math.nan)
     with _tensor_float():
@@ -73,8 +76,10 @@ def distil(
             progress(step, steps)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * 0.5 * (1 + math.cos(math.pi * step / steps))
-            chosen = torch.randint(records, (min(block.batch, records),), generator=generator).to(device)
-            batch = {name: tensor[chosen] for name, tensor in inputs.items()}
+            records = groups[int(torch.multinomial(sizes, 1, generator=generator))]
+            count = len(records["hidden_states"])
+            chosen = torch.randint(count, (min(block.batch, count),), generator=generator)
+            batch = {name: tensor[chosen].to(device) for name, tensor in records.items()}
             loss = _loss(student, teacher, adapter, config, batch, block.relation_weight)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -84,7 +89,18 @@ def distil(
     for layer in layers:
         layer.quantize_activations = True
         layer.requires_grad_(False)
+    _check_finite(layers)
     return float(loss.detach())
+
+
+def _check_finite(layers: list[TrainableLinear]) -> None:
+    for layer in layers:
+        if not all(parameter.isfinite().all() for parameter in layer.parameters()):
+            raise QvditError(
+                f"NaN or Inf in {layer.name} after distillation",
+                "training that converges",
+                "lower the recipe's learning_rate, or use --distill-steps 0",
+            )
 
 
 def _loss(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from qvdit.contract import Bits, FrameRows, LowBitLayer, QvditError
+from qvdit.contract import Bits, FrameRows, QvditError
 from qvdit.contract.layer import Layer
 from qvdit.method import tqe, weights
 from qvdit.method.calibration import CalibrationData, Progress, no_progress
@@ -58,10 +58,11 @@ def quantize(
     total = len(sites) + job.distillation_steps
     frames = adapter.frames(dict(transformer.config), next(data.batches()))
     scales = _smoothing(transformer, sites, statistics, job)
+    generator = torch.Generator().manual_seed(job.seed)
     layers = []
     for index, site in enumerate(sites):
         progress(index, total)
-        layers.append(_start(transformer, site, statistics, scales.get(site.name), job, frames))
+        layers.append(_start(transformer, site, statistics, scales.get(site.name), job, frames, generator))
     modules = {layer.name: layer for layer in layers}
     gained = [layer for layer in layers if layer.gain is not None]
     if gained and job.recipe.tqe.start == "closed_form":
@@ -104,6 +105,7 @@ def _start(
     smooth: torch.Tensor | None,
     job: QuantizationJob,
     frames: int,
+    generator: torch.Generator,
 ) -> TrainableLinear:
     """Round one linear and give it its closed-form correction."""
     recipe = job.recipe
@@ -121,7 +123,7 @@ def _start(
     if recipe.weights.rounding == "second_order":
         latent = near_integers(weight, weights.round_second_order(weight, grid, moment), grid)
     error = weight - grid.dequantize(grid.quantize(latent))
-    alpha, beta = _rank_term(error, mean, moment, recipe)
+    alpha, beta = _rank_term(error, mean, moment, recipe, generator)
     if recipe.weights.bias_correction:
         # What the rank term leaves of the mean error; it is constant, so the bias can carry it.
         left = error if alpha is None or beta is None or recipe.tqe.start == "zeros" else error - (alpha @ beta).T
@@ -150,13 +152,12 @@ def near_integers(weight: torch.Tensor, weight_q: torch.Tensor, grid: weights.We
 
 
 def _rank_term(
-    error: torch.Tensor, mean: torch.Tensor, moment: torch.Tensor, recipe: Recipe
+    error: torch.Tensor, mean: torch.Tensor, moment: torch.Tensor, recipe: Recipe, generator: torch.Generator
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     rank = min(recipe.tqe.rank, *error.shape)
     if rank == 0:
         return None, None
     if recipe.tqe.start == "zeros":
-        generator = torch.Generator().manual_seed(0)
         bound = error.shape[1] ** -0.5
         alpha = (torch.rand(error.shape[1], rank, generator=generator) * 2 - 1) * bound
         return alpha.to(error.device), torch.zeros(rank, error.shape[0], device=error.device)
@@ -225,14 +226,9 @@ def _distil(
         layers,
         adapter,
         dict(transformer.config),
-        data.load(device),
+        data.groups(),
         job.recipe.distillation,
         job.distillation_steps,
         job.seed,
         progress,
     )
-
-
-def low_bit(layers: tuple[Layer, ...]) -> list[LowBitLayer]:
-    """The layers that are LowBitLinear nodes."""
-    return [layer for layer in layers if isinstance(layer, LowBitLayer)]

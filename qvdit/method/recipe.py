@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fnmatch
+import re
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -122,12 +123,23 @@ def _check_ranges(recipe: Recipe, where: str) -> None:
     """Refuse values that no building block can work with."""
     for glob, bits in recipe.layer_bits.items():
         check_layer_bits(glob, bits)
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", recipe.name):
+        raise QvditError(f"name: {recipe.name!r} in {where}", "letters, digits, '.', '_' and '-'", "mend it")
     for bits_name in recipe.smoothing.by_bits:
         Bits.parse(bits_name)
     tqe, distillation = recipe.tqe, recipe.distillation
-    numbers = {"tqe.rank": (tqe.rank, 0, MAX_RANK), "tqe.inner_rank": (tqe.inner_rank, 1, 4096)}
+    numbers: dict[str, tuple[float, float, float]] = {
+        "tqe.rank": (tqe.rank, 0, MAX_RANK),
+        "tqe.inner_rank": (tqe.inner_rank, 1, 4096),
+    }
     numbers |= {"distillation.batch": (distillation.batch, 1, 1 << 20)}
     numbers |= {f"distillation.steps.{name}": (steps, 0, 1 << 30) for name, steps in distillation.steps.items()}
+    numbers |= {"weights.symmetric_from": (recipe.weights.symmetric_from, 2, 9)}
+    strengths = {"smoothing.strength": recipe.smoothing.strength, **recipe.smoothing.by_bits}
+    numbers |= {name: (value, 0, 1) for name, value in strengths.items()}
+    numbers |= {"distillation.relation_weight": (distillation.relation_weight, 0, 1e6)}
+    for name in ("learning_rate", "scale_learning_rate"):
+        numbers |= {f"distillation.{name}": (getattr(distillation, name), 1e-12, 1)}
     for name, (value, low, high) in numbers.items():
         if not low <= value <= high:
             raise QvditError(f"{name}: {value} in {where}", f"{low} … {high}", "mend it")

@@ -6,6 +6,7 @@ They do not depend on bits or method: one pass serves every bit width.
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,6 +91,7 @@ def collect(
     device = next(transformer.parameters()).device
     sums = _Sums()
     done = sums.load(path, device)
+    saved, cost = time.monotonic(), 0.0
     first_reader: dict[str, str] = {}
     for site in sites:
         first_reader.setdefault(site.shared_input, site.name)
@@ -106,7 +108,12 @@ def collect(
                 inputs = {name: tensor.to(device) for name, tensor in batch.items()}
                 transformer(**inputs, return_dict=False)
                 sums.batches += 1
-            sums.save(path, index + 1)
+            last = index + 1 == len(data.shards)
+            if last or time.monotonic() - saved >= 10 * cost:  # a large model's sums take gigabytes to save
+                started = time.monotonic()
+                sums.save(path, index + 1)
+                saved = time.monotonic()
+                cost = saved - started
     finally:
         for handle in handles:
             handle.remove()

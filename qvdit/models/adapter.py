@@ -20,6 +20,10 @@ class Site:
     rows: FrameRows  # how its rows relate to frames; NONE where they are no video tokens
     shared_input: str  # sites with the same value read the same tensor (q, k and v of one attention)
 
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise ValueError(f"{self.name}: role {self.role!r} is not one of {', '.join(ROLES)}")
+
 
 ROLES = ("self_attention", "spatial_attention", "temporal_attention", "cross_attention", "text", "mlp")
 TEMPORAL_ROLES = ("self_attention", "temporal_attention")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import struct
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ class SourceModel:
     config: dict[str, Any]  # of the transformer
     fingerprint: str  # sha256 over the transformer's configuration and weights
     pipeline: str  # class name of the pipeline
+    sampling: str  # digest of all that sampling depends on: the transformer, the rest of the pipeline, the libraries
 
     def load(self, device: torch.device | str = "cpu") -> Any:
         """The pipeline with float32 weights on a device, in evaluation mode."""
@@ -62,6 +64,7 @@ def find_model(name_or_path: str) -> SourceModel:
     if not (path / "model_index.json").is_file():
         raise QvditError(f"--model {name_or_path}, which has no model_index.json", expected, "check the path")
     transformer = path / "transformer"
+    _refuse_two_stage(path)
     config = read_json(transformer / "config.json", "a transformer's config.json")
     class_name = config.get("_class_name") if isinstance(config, dict) else None
     adapter = next((a for a in ADAPTERS if a.class_name == class_name), None)
@@ -78,7 +81,8 @@ def find_model(name_or_path: str) -> SourceModel:
         check_safetensors(file)
         digest.update(sha256(file).encode())
     name = name_or_path if name_or_path in SHIPPED else path.resolve().name
-    return SourceModel(name, path, adapter, config, digest.hexdigest(), _pipeline_name(path))
+    fingerprint = digest.hexdigest()
+    return SourceModel(name, path, adapter, config, fingerprint, _pipeline_name(path), _sampling(path, fingerprint))
 
 
 def check_safetensors(path: Path) -> None:
@@ -126,9 +130,35 @@ def _pickle_error(path: Path) -> QvditError:
     )
 
 
-def _pipeline_name(path: Path) -> str:
+def _index(path: Path) -> dict[str, Any]:
     content = read_json(path / "model_index.json", "a pipeline's model_index.json")
-    return str(content.get("_class_name") if isinstance(content, dict) else None)
+    return content if isinstance(content, dict) else {}
+
+
+def _pipeline_name(path: Path) -> str:
+    return str(_index(path).get("_class_name"))
+
+
+def _refuse_two_stage(path: Path) -> None:
+    """Wan 2.2 has a second transformer for the low-noise steps, or a time step for every token."""
+    index = _index(path)
+    second = index.get("transformer_2")
+    if (isinstance(second, list) and second and second[0]) or index.get("expand_timesteps"):
+        raise QvditError(
+            f"{path}, a pipeline with two transformers or a time step for every token (Wan 2.2)",
+            "one transformer and one time step",
+            "use Wan 2.1",
+        )
+
+
+def _sampling(path: Path, fingerprint: str) -> str:
+    """A digest of what the calibration data depends on besides the prompts; other weights count by their size."""
+    parts: list[Any] = [fingerprint, [version(name) for name in ("torch", "diffusers", "transformers")]]
+    for file in sorted(path.rglob("*.json")):
+        parts.append([str(file.relative_to(path)), sha256(file)])
+    for file in sorted(path.rglob("*.safetensors")):
+        parts.append([str(file.relative_to(path)), file.stat().st_size])
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _pipeline_class(path: Path) -> Any:

@@ -12,7 +12,7 @@ from qvdit.models.adapter import ModelAdapter, Site, frames_first
 
 
 class WanAdapter(ModelAdapter):
-    """Text-to-video Wan 2.1 and 2.2."""
+    """Text-to-video Wan 2.1."""
 
     family = "wan"
     class_name = "WanTransformer3DModel"
@@ -40,7 +40,7 @@ class WanAdapter(ModelAdapter):
         return found
 
     def frames(self, config: dict[str, Any], inputs: dict[str, torch.Tensor]) -> int:
-        return inputs["hidden_states"].shape[2] // config["patch_size"][0]
+        return inputs["hidden_states"].shape[2] // config.get("patch_size", (1, 2, 2))[0]
 
     def output_frames(self, output: torch.Tensor, frames: int) -> torch.Tensor:
         return frames_first(output, frames)
@@ -52,7 +52,7 @@ class WanAdapter(ModelAdapter):
                     attention.set_processor(_ExportProcessor())
 
     def export_shapes(self, config: dict[str, Any], inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
-        _, patch_height, patch_width = config["patch_size"]
+        _, patch_height, patch_width = config.get("patch_size", (1, 2, 2))
         batch = Dim("batch", min=1, max=4096)
         return {
             "hidden_states": {

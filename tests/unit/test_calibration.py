@@ -100,7 +100,7 @@ def test_records_are_the_models_inputs(tiny_pipeline, tmp_path):
 
 def test_half_of_the_records_are_unconditional(tiny_pipeline, tmp_path):
     data = run(tiny_pipeline, tmp_path, records=3)
-    tensors = data.load("cpu")
+    (tensors,) = data.groups()
     free = tiny_pipeline.prompt_table([""])[0]
     told = [tiny_pipeline.prompt_table([prompt])[0] for prompt in PROMPTS[:2]]
     assert not torch.equal(free, told[0])
@@ -116,7 +116,7 @@ def test_batches_are_recorded_steps(tiny_pipeline, tmp_path):
     assert all(batch["timestep"].unique().numel() == 1 for batch in batches)
     assert batches[0]["timestep"][0] > batches[1]["timestep"][0]  # noise first
     assert set(batches[0]) == set(WanAdapter().inputs)
-    whole = data.load("cpu")
+    (whole,) = data.groups()
     assert set(whole) == set(WanAdapter().inputs)
     for name, tensor in whole.items():
         assert torch.equal(tensor, torch.cat([batch[name] for batch in batches])), name
@@ -185,9 +185,9 @@ def test_a_shard_that_is_not_this_prompts_is_recorded_again(tiny_pipeline, tmp_p
 def test_shards_of_another_plan_are_recorded_again(tiny_pipeline, tmp_path, changes):
     run(tiny_pipeline, tmp_path / "reused")
     count = Countdown(tiny_pipeline.transformer)
-    again = run(tiny_pipeline, tmp_path / "reused", **changes).load("cpu")
+    (again,) = run(tiny_pipeline, tmp_path / "reused", **changes).groups()
     assert count.calls == 2 * changes.get("steps", 3)
-    fresh = run(tiny_pipeline, tmp_path / "fresh", **changes).load("cpu")
+    (fresh,) = run(tiny_pipeline, tmp_path / "fresh", **changes).groups()
     for name, tensor in fresh.items():
         assert torch.equal(again[name], tensor), name
 

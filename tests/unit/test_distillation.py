@@ -126,7 +126,7 @@ class Trial:
     def distil(self, steps: int = 8, seed: int = 0, **changes: object) -> float:
         block = DistillationBlock(batch=4, learning_rate=3e-3, scale_learning_rate=1e-2, **changes)
         config = dict(self.teacher.config)
-        return distil(self.student, self.teacher, self.layers, self.adapter, config, self.inputs, block, steps, seed)
+        return distil(self.student, self.teacher, self.layers, self.adapter, config, [self.inputs], block, steps, seed)
 
 
 def test_distillation_lowers_the_loss(tiny_wan, inputs):
@@ -198,6 +198,6 @@ def test_progress_is_told(tiny_wan, inputs):
     trial, told = Trial(tiny_wan, inputs), []
     block = DistillationBlock(batch=2)
     config = dict(tiny_wan.config)
-    arguments = (trial.student, tiny_wan, trial.layers, trial.adapter, config, inputs, block, 2, 0)
+    arguments = (trial.student, tiny_wan, trial.layers, trial.adapter, config, [inputs], block, 2, 0)
     distil(*arguments, progress=lambda done, total: told.append((done, total)))
     assert told == [(0, 2), (1, 2), (2, 2)]

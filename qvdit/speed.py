@@ -22,7 +22,8 @@ from qvdit.runtimes.onnxruntime import session
 
 LINEAR = (4608, 1152)  # N, K of a linear of STDiT-XL's size
 LINEAR_TOKENS = 1024
-_REPEATS = 9
+_REPEATS = 11  # of a forward pass
+_LINEAR_REPEATS = 31
 
 
 def measure_speed(
@@ -39,7 +40,7 @@ def measure_speed(
     rng = np.random.default_rng(0)
     x = {"x": rng.standard_normal((1, LINEAR_TOKENS, LINEAR[1]), dtype=np.float32)}
     pair = [session(model.SerializeToString(), threads) for model in _linear_models(like, rng)]
-    linear = interleaved([partial(s.run, None, x) for s in pair])
+    linear = interleaved([partial(s.run, None, x) for s in pair], _LINEAR_REPEATS)
     progress(2, 2)
     (fp32, fp32_spread), (low, low_spread) = forward
     (linear_fp32, _), (linear_low, _) = linear

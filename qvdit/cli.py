@@ -26,24 +26,26 @@ if TYPE_CHECKING:
 console = Console()
 errors = Console(stderr=True)
 
-_BITS = f"wXaY: weights of X in {WEIGHT_BITS} bits, activations of Y in {ACT_BITS} bits."
+_BITS = (
+    f"wXaY: weights of X = {', '.join(map(str, WEIGHT_BITS))} bits, activations of Y = {', '.join(map(str, ACT_BITS))}."
+)
 
 Model = Annotated[str, typer.Option(help="A diffusers pipeline's folder, or the shipped model wan-shapes.")]
 Out = Annotated[Path, typer.Option(help="The bundle's folder. Finished stages in it are reused.")]
 BitsOption = Annotated[str, typer.Option(help=_BITS)]
 RecipeOption = Annotated[str, typer.Option(help="The method: a name that `qvdit doctor` lists, or a YAML file.")]
 Target = Annotated[str, typer.Option(help="What the bundle is for: onnxruntime, or tensorrt.")]
-Prompts = Annotated[Path | None, typer.Option(help="Text file of calibration prompts, one a line [default: shipped].")]
-PromptCount = Annotated[int | None, typer.Option(min=1, help="Prompts to sample [default: 4 on a CPU, 48 on a GPU].")]
+Prompts = Annotated[Path | None, typer.Option(help="Text file of calibration prompts, one a line (default: shipped).")]
+PromptCount = Annotated[int | None, typer.Option(min=1, help="Prompts to sample (default: 4 on a CPU, 48 on a GPU).")]
 Steps = Annotated[int, typer.Option(min=1, help="Steps of the sampler, for calibration and videos.")]
 Records = Annotated[int, typer.Option(min=1, help="Steps recorded of each calibration trajectory.")]
 Guidance = Annotated[float, typer.Option(help="Classifier-free guidance scale.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="The same seed gives the same bytes, on a CPU.")]
 Device = Annotated[str, typer.Option(help="Where calibration and distillation run: auto, cpu or cuda.")]
 DistillSteps = Annotated[
-    int | None, typer.Option(min=0, help="Distillation budget; 0 is none [default: the recipe's, 0 on a CPU].")
+    int | None, typer.Option(min=0, help="Distillation budget; 0 is none (default: the recipe's, 0 on a CPU).")
 ]
-Rank = Annotated[int | None, typer.Option(help="Rank of TQE's run-time term [default: the recipe's].")]
+Rank = Annotated[int | None, typer.Option(help="Rank of TQE's run-time term (default: the recipe's).")]
 LayerBits = Annotated[
     list[str] | None,
     typer.Option(help="GLOB=BITS for some layers' weights, 16 keeps them: --layer-bits '*.ffn.*=8'. First match wins."),
@@ -51,7 +53,7 @@ LayerBits = Annotated[
 Calibration = Annotated[
     Path | None,
     typer.Option(
-        help="Folder of calibration data and statistics, another bundle's say [default: OUT/work/calibration]."
+        help="Folder of calibration data and statistics, another bundle's say (default: OUT/work/calibration)."
     ),
 ]
 Videos = Annotated[int, typer.Option(min=1, help="Videos that both models sample for the report.")]

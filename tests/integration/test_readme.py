@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.xdist_group("readme")  # one worker: the bundle is made once
 
 
 def command(marker: str) -> str:

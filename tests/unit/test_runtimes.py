@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import os
 import shutil
 import subprocess
 import sys
@@ -402,3 +403,13 @@ def test_import_check_sees_imports(tmp_path: Path) -> None:
     assert imports(path) == {"export.graph", "runtimes", "runtimes.layers", "torch.nn"}
     assert reaches(path, "export", "runtimes") == {"export.graph", "runtimes", "runtimes.layers"}
     assert SimpleNamespace(found=reaches(path, "torch")).found == {"torch.nn"}
+
+
+def test_source_tree_is_importable_without_installation(tmp_path: Path) -> None:
+    """Python started in a clone imports its packages, whatever is installed."""
+    root = Path(__file__).parents[2]
+    code = "import qvdit.runtimes, qvdit.export, qvdit.calib_data, sys; print(qvdit.runtimes.__file__)"
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(root)}
+    python = [sys.executable, "-S", "-c", code]  # -S: nothing that is installed
+    done = subprocess.run(python, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == str(root / "runtimes" / "__init__.py"), done.stderr

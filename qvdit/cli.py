@@ -116,8 +116,9 @@ def _stage_command(last: str) -> Callable[..., None]:
             videos=videos,
             threads=threads,
         )
+        job = Job(settings)
         with _progress() as observe:
-            job = Job(settings, observe)
+            job.observe = observe
             job.run(last)
         _say_result(job, last)
 
@@ -356,11 +357,13 @@ def _say_result(job: Job, last: str) -> None:
     reused = [name for name, cost in {**job.calibration_stages.costs, **job.stages.costs}.items() if cost.reused]
     if reused:
         console.print(f"reused: {', '.join(reused)}", soft_wrap=True)
+    if job.replaced and job.replaced != f"{job.recipe.name} {job.bits}":
+        console.print(f"replaced: the {job.replaced} bundle that was in {out}", soft_wrap=True)
     if last == "quality":
         _say_report(json.loads((out / "report.json").read_text()))
         console.print(f"look at {out / 'report.html'}", soft_wrap=True)
     else:
-        console.print(f"done: {out}", soft_wrap=True)
+        console.print(f"done up to {last} in {out}; qvdit-export with the same options finishes it", soft_wrap=True)
     if job.settings.target == "tensorrt" and last in ("export", "quality"):
         _refuse_engine(job)
 
@@ -369,8 +372,8 @@ def _say_report(report: dict[str, Any]) -> None:
     parity_, size, speed, quality = (report[name] for name in ("parity", "size", "speed", "quality"))
     console.print(
         f"parity   {parity_['layers_compared']} of {parity_['layers_total']} layers compared, "
-        f"{parity_['xq_mismatches']} + {parity_['acc_mismatches']} integers differ, "
-        f"error ratio {parity_['error_ratio']:.3f}"
+        f"{parity_['xq_mismatches']} x_q and {parity_['acc_mismatches']} acc differ, "
+        f"error against full precision {parity_['error_ratio']:.3f} of PyTorch's"
     )
     console.print(
         f"size     {size['ratio']:.3f} of FP16, {size['effective_weight_bits']:.2f} bits a weight, everything counted"
@@ -381,7 +384,10 @@ def _say_report(report: dict[str, Any]) -> None:
     )
     if quality["psnr_db"] is not None:
         full, low = quality["fp"]["scene_consistency"], quality["quantized"]["scene_consistency"]
-        console.print(f"quality  PSNR {quality['psnr_db']:.1f} dB, scene consistency {full:.3f} → {low:.3f}")
+        console.print(
+            f"quality  {quality['videos']} videos: PSNR {quality['psnr_db']:.1f} dB, "
+            f"scene consistency {full:.3f} → {low:.3f}"
+        )
 
 
 def _refuse_engine(job: Job) -> None:

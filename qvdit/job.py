@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import fnmatch
 from collections.abc import Callable, Iterator
@@ -67,6 +68,7 @@ class Job:
         self.plan = calibration_plan(settings, self.source, self.device)
         self.trial = quality_trial(settings)
         self.out = settings.out
+        self.replaced: str | None = None  # recipe and bits of the bundle that this job took the place of
         self.work = self.out / "work"
         self._claim_output()
         self.stages = Stages(self.work / "stages", self.out)
@@ -109,6 +111,8 @@ class Job:
 
     def run(self, last: str = "quality") -> None:
         """Run the stages up to ``last``, reusing what is finished."""
+        if self.settings.layer_bits:
+            self._check_layer_bits()
         for name in STAGES[: STAGES.index(last) + 1]:
             with self.observe(name) as progress:
                 getattr(self, name)(progress)
@@ -145,7 +149,6 @@ class Job:
 
         def work() -> None:
             self._withdraw()
-            self._check_layer_bits()
             stats = statistics.load(self.calibration_folder / "statistics.safetensors")
             job = quantization.QuantizationJob(self.recipe, self.bits, steps, self.settings.seed)
             layers = quantization.quantize(
@@ -306,13 +309,20 @@ class Job:
         for glob in self.settings.layer_bits:
             if not fnmatch.filter(names, glob):
                 raise QvditError(
-                    f"--layer-bits {glob!r}, which no layer matches", f"a pattern for names like {names[0]}", "mend it"
+                    f"--layer-bits {glob!r}, which no layer matches",
+                    f"a pattern for the names {names[0]} … {names[-1]}",
+                    "check the pattern",
                 )
 
     def _withdraw(self) -> None:
         """Take away, manifest first, what tells of an earlier export: from here on the folder is no whole bundle."""
+        if (self.out / MANIFEST).is_file():
+            with contextlib.suppress(QvditError):
+                there = read_manifest(self.out)
+                self.replaced = f"{there.recipe} {there.bits}"
         stale = (MANIFEST, PARITY_INPUTS, PARITY_REFERENCE, "report.json", "report.html")
-        for name in (*stale, TENSORRT_MODEL, f"{TENSORRT_MODEL}.data"):
+        models = (QDQ_MODEL, ORT_MODEL, TENSORRT_MODEL)
+        for name in (*stale, *models, *(f"{model}.data" for model in models)):
             (self.out / name).unlink(missing_ok=True)
 
     def _kept_layers(self) -> bool:

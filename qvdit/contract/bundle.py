@@ -45,6 +45,12 @@ def read_manifest(bundle: Path) -> Manifest:
     """Read a bundle's manifest without looking at the files it names."""
     if not bundle.is_dir():
         raise QvditError(f"no folder {bundle}", "a bundle that qvdit-export made", "check the path")
+    if not (bundle / MANIFEST).is_file():
+        raise QvditError(
+            f"{bundle} without a manifest.json",
+            "a finished bundle",
+            "check the path, or finish it: qvdit-export --out …",
+        )
     content = read_json(bundle / MANIFEST, "a bundle's manifest.json")
     names = {field.name for field in dataclasses.fields(Manifest)}
     if not isinstance(content, dict) or content.get("schema") != SCHEMA or set(content) != names:

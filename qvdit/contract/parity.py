@@ -157,7 +157,7 @@ def _load(path: Path, model: str) -> dict[str, np.ndarray]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         found = f"{path}, which is damaged ({error})" if path.is_file() else f"no file {path}"
-        raise QvditError(found, "the bundle's parity files", "export the model again") from None
+        raise QvditError(found, "the bundle's parity files", "make them: qvdit-export, the whole job") from None
 
 
 def _restore(inputs: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> SavedParity:

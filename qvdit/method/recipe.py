@@ -109,7 +109,10 @@ def load(name_or_path: str) -> Recipe:
     if "/" in name_or_path or name_or_path.endswith((".yaml", ".yml")):
         path = Path(name_or_path)
     if not path.is_file():
-        raise QvditError(f"recipe {name_or_path!r}", f"one of {', '.join(names())}, or a YAML file", "check --recipe")
+        where = "" if path.parent == FOLDER else ", a file that is not there"
+        raise QvditError(
+            f"recipe {name_or_path!r}{where}", f"one of {', '.join(names())}, or a YAML file", "check --recipe"
+        )
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -158,7 +158,7 @@ def _verdict(parity: Mapping[str, Any]) -> Verdict:
         return Verdict("warn", "Not proven", "No integer of the runtime was compared with the reference.")
     if compared < total:
         return Verdict("warn", "Partly proven", f"Only {compared} of {_plural(total, 'layer')} were compared.")
-    return Verdict("good", "Exact", "Every compared integer of the runtime equals the reference's.")
+    return Verdict("good", "Exact", "Every layer, fed the reference's own input, computes the reference's integers.")
 
 
 def _statements(parity: Mapping[str, Any]) -> list[tuple[str, str, bool]]:

@@ -240,6 +240,17 @@ def test_rank_and_layer_bits(copied: Path, make_job: Any) -> None:
 
 
 @pytest.mark.usefixtures("quick")
+def test_other_bits_take_the_place_of_a_bundle_openly(copied: Path, make_job: Any) -> None:
+    """A stage command that stops early leaves nothing of the earlier bundle that could be taken for its own."""
+    job = make_job(copied, bits="w3a6")
+    job.run("quantize")
+    assert job.replaced == "qvdit w4a8"
+    assert not (copied / "manifest.json").exists()
+    assert not [*copied.glob("onnx/*"), *copied.glob("parity/*"), *copied.glob("report.*")]
+    with pytest.raises(QvditError, match="finish it: qvdit-export"):
+        verify(copied)
+
+
 def test_second_run_reuses_every_stage(copied: Path, make_job: Any) -> None:
     before = {path: path.stat().st_mtime_ns for path in copied.rglob("*") if path.is_file()}
     first = read(copied / "report.json")
@@ -579,7 +590,7 @@ def test_export_command_tells_its_result(bundle: Path, copied: Path, wan_folder:
     code, stdout, stderr = cli("qvdit-export", "--model", wan_folder, "--out", copied, *SMALL)
     assert (code, stderr) == (0, "")
     assert "reused: calibrate, statistics, quantize, trace, export, parity, speed, quality" in stdout
-    assert "parity   20 of 20 layers compared, 0 + 0 integers differ" in stdout
+    assert "parity   20 of 20 layers compared, 0 x_q and 0 acc differ" in stdout
     assert f"look at {copied / 'report.html'}" in stdout
     assert files_of(copied) == files_of(bundle)
 

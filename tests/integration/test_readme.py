@@ -77,7 +77,7 @@ def test_the_bundle_runs_where_the_readme_says(checkout: Path, bundle: Path) -> 
 def test_python_example_runs(checkout: Path, bundle: Path) -> None:
     code = re.search(r"```python\n(.+?)\n```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert code is not None
-    quick = code[1].replace('background")', 'background", num_inference_steps=1)')
+    quick = code[1].replace('background").', 'background", num_inference_steps=1).')
     check = "\nassert video.shape == (1, 3, 16, 32, 32) and video.isfinite().all()"
     done = subprocess.run(
         [".venv/bin/python", "-c", quick + check], cwd=checkout, capture_output=True, text=True, check=False

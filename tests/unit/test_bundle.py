@@ -131,5 +131,5 @@ def test_no_folder_no_manifest_no_json(bundle, tmp_path):
     with pytest.raises(QvditError, match="not JSON"):
         verify(bundle)
     (bundle / MANIFEST).unlink()
-    with pytest.raises(QvditError, match="no file"):
+    with pytest.raises(QvditError, match=r"without a manifest\.json.*finish it: qvdit-export"):
         verify(bundle)

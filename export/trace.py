@@ -54,7 +54,7 @@ def trace(
         model.set_submodule(name, _Placeholder(name, out_features))
     # float32 throughout, time steps included: some schedulers count them in integers, others do not.
     example = {name: inputs[name].cpu().float() for name in adapter.inputs}
-    shapes = {**adapter.export_shapes(dict(model.config), example), "return_dict": None}
+    shapes = {**adapter.export_shapes(dict(model.config)), "return_dict": None}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it names every torchvision operator that is not there
     with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")

@@ -51,7 +51,7 @@ class ModelAdapter(ABC):
         """The model's output [B, C, T·p, H, W] as one feature per frame of tokens, [B, T, D]."""
 
     @abstractmethod
-    def export_shapes(self, config: dict[str, Any], inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+    def export_shapes(self, config: dict[str, Any]) -> dict[str, Any]:
         """Dynamic shapes for torch.export, by input name."""
 
     def prepare_for_export(self, model: torch.nn.Module) -> None:  # noqa: B027  (most families need nothing)

@@ -37,7 +37,7 @@ class LatteAdapter(ModelAdapter):
     def output_frames(self, output: torch.Tensor, frames: int) -> torch.Tensor:
         return frames_first(output, frames)
 
-    def export_shapes(self, config: dict[str, Any], inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+    def export_shapes(self, config: dict[str, Any]) -> dict[str, Any]:
         batch = Dim("batch", min=1, max=4096)
         return {
             "hidden_states": {0: batch},

@@ -51,7 +51,7 @@ class WanAdapter(ModelAdapter):
                 if attention.add_k_proj is None:
                     attention.set_processor(_ExportProcessor())
 
-    def export_shapes(self, config: dict[str, Any], inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
+    def export_shapes(self, config: dict[str, Any]) -> dict[str, Any]:
         _, patch_height, patch_width = config.get("patch_size", (1, 2, 2))
         batch = Dim("batch", min=1, max=4096)
         return {

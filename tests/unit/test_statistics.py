@@ -10,6 +10,7 @@ from qvdit.contract import FrameRows, QvditError
 from qvdit.method.calibration import CalibrationData, CalibrationPlan, record
 from qvdit.method.statistics import collect, load
 from qvdit.models import Site, WanAdapter
+from qvdit.reference import world
 
 
 class StoppedError(Exception):
@@ -156,7 +157,7 @@ def test_statistics_without_their_counts_are_told(tmp_path):
 
 @pytest.fixture
 def recorded(tiny_pipeline, tmp_path):
-    prompts = ("a red circle moving up on a black background", "a cyan cross moving left on a teal background")
+    prompts = (world.EXAMPLE, world.EXAMPLE.replace("red", "cyan"))
     plan = CalibrationPlan(prompts, steps=2, records=2)
     return record(tiny_pipeline, WanAdapter(), plan, tmp_path / "data")
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qvdit.compare.plan import AUTHORS, EARLIER, FULL, MLP8, OURS, UNIFORM
+from qvdit.compare.plan import AUTHORS, EARLIER, FULL, OURS, REGIMES, UNIFORM
 from qvdit.compare.table import COLUMNS, Cell, mean_of, recipe_order, width_order
 from qvdit.contract.files import write_atomic
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _DPI = 160
 _INK, _MUTED, _GRID = "#1a1a1a", "#5f5f5f", "#e3e3e3"
 # Okabe and Ito's colours, which stay apart for colour-blind readers; beyond them markers and dashes tell lines apart.
-_PALETTE = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#999999", "#8C6D00", "#000000")
+_PALETTE = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#999999", "#8C6D00", "#332288")
 _MARKERS = ("o", "s", "^", "v", "D", "P", "X", "<", ">", "h", "p")
 _DASHES = ("-", "--", ":", "-.")
 _OURS_COLOUR = "#D55E00"
@@ -75,8 +75,8 @@ def _widths(cells: Sequence[Cell]) -> Figure:
         axes.set_xticks(range(len(widths)), widths)
         axes.set_xlim(-0.35, max(len(widths) - 0.65, 0.35))
         if metric == "scene_consistency":
-            axes.set_ylim(bottom=0)
-            axes.set_title(model, color=_INK, fontsize=12, fontweight="bold", loc="left")
+            axes.set_ylim(0, _top(cells))
+            _title(axes, model)
         if column == 0:
             axes.set_ylabel(COLUMNS[metric], color=_INK)
     for axes in panels[-1]:
@@ -86,22 +86,36 @@ def _widths(cells: Sequence[Cell]) -> Figure:
 
 
 def _bits(cells: Sequence[Cell]) -> Figure:
-    """Scene consistency against effective bits, both regimes, a column for each model."""
+    """Scene consistency against effective bits: a row for each regime, a column for each model."""
     models = _models(cells)
-    figure, panels = _panels(1, len(models))
-    for column, model in enumerate(models):
-        axes = panels[0][column]
+    regimes = [regime for regime in REGIMES if any(c["regime"] == regime and c["recipe"] != FULL for c in cells)]
+    effective = [cell["effective_weight_bits"] for cell in cells if cell["recipe"] != FULL]
+    figure, panels = _panels(len(regimes), len(models))
+    for (row, regime), (column, model) in itertools.product(enumerate(regimes), enumerate(models)):
+        axes = panels[row][column]
         members = [cell for cell in cells if cell["model"] == model]
         _full_line(axes, members, "scene_consistency")
-        for recipe in _recipes(members):
-            for cell in (cell for cell in members if cell["recipe"] == recipe):
+        for cell in members:
+            if cell["regime"] == regime and cell["recipe"] != FULL:
                 _point(axes, cell)
-        axes.set_ylim(bottom=0)
-        axes.set_title(model, color=_INK, fontsize=12, fontweight="bold", loc="left")
+        axes.set_ylim(0, _top(cells))
+        axes.set_xlim(min(effective) - 0.3, max(effective) + 0.3)
+        _title(axes, model if regime == UNIFORM else f"{model}, {regime}")
+        if column == 0:
+            axes.set_ylabel(COLUMNS["scene_consistency"], color=_INK)
+    for axes in panels[-1]:
         axes.set_xlabel("effective bits of a weight, everything stored counted", color=_MUTED)
-    panels[0][0].set_ylabel(COLUMNS["scene_consistency"], color=_INK)
-    _legend(figure, panels, _notes(cells))
+    _legend(figure, panels, ("filled: 8-bit activations", "hollow: 6-bit activations"))
     return figure
+
+
+def _title(axes: Axes, text: str) -> None:
+    axes.set_title(text, color=_INK, fontsize=12, fontweight="bold", loc="left")
+
+
+def _top(cells: Sequence[Cell]) -> float:
+    """Upper end of the axis of scene consistency: the markers of the best are not cut."""
+    return 1.06 * max((mean_of(cell, "scene_consistency") or 0.0 for cell in cells), default=1.0) or 1.0
 
 
 def _line(axes: Axes, cells: Sequence[Cell], metric: str, widths: Sequence[str]) -> None:
@@ -136,17 +150,16 @@ def _error(cell: Cell | None, metric: str) -> float:
 
 
 def _point(axes: Axes, cell: Cell) -> None:
-    """One cell; activations of 8 bits are filled, others hollow; the mlp8 regime has a ring around it."""
+    """One cell; activations of 8 bits are filled, others hollow."""
     mean = mean_of(cell, "scene_consistency")
     if mean is None:
         return
     drawn = style(cell["recipe"])
     filled = cell["bits"].endswith("a8")
-    x, size = cell["effective_weight_bits"], 4 * drawn.size**2 / 3
     axes.scatter(
-        x,
+        cell["effective_weight_bits"],
         mean,
-        s=size,
+        s=4 * drawn.size**2 / 3,
         label=cell["recipe"],
         marker=drawn.marker,
         facecolors=drawn.colour if filled else "white",
@@ -154,19 +167,12 @@ def _point(axes: Axes, cell: Cell) -> None:
         linewidths=1.3,
         zorder=3 + drawn.width,
     )
-    if cell["regime"] == MLP8:
-        axes.scatter(x, mean, s=5 * size, marker="o", facecolors="none", edgecolors=_MUTED, linewidths=0.7, zorder=3)
 
 
 def _full_line(axes: Axes, cells: Sequence[Cell], metric: str) -> None:
     full = next((mean_of(cell, metric) for cell in cells if cell["recipe"] == FULL), None)
     if full is not None:
         axes.axhline(full, color=_INK, linewidth=1, linestyle=(0, (1, 1.5)), label="full precision", zorder=2)
-
-
-def _notes(cells: Sequence[Cell]) -> list[str]:
-    notes = ["filled: 8-bit activations", "hollow: 6-bit activations"]
-    return [*notes, "ringed: MLP weights at 8 bits"] if any(cell["regime"] == MLP8 for cell in cells) else notes
 
 
 def _panels(rows: int, columns: int) -> tuple[Figure, list[list[Axes]]]:

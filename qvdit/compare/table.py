@@ -6,6 +6,7 @@ Cells are the dictionaries of their JSON files. Everything here needs nothing bu
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -203,14 +204,13 @@ class Parting:
 
     def lead(self) -> float | None:
         """Ours minus the authors' method, in standard errors of the difference (as if of different videos)."""
-        if self.ours is None or self.authors is None:
-            return None
-        (ours, ours_error), (authors, authors_error) = (
-            (cell["metrics"]["scene_consistency"][name] for name in ("mean", "sem"))
-            for cell in (self.ours, self.authors)
-        )
-        error = (ours_error**2 + authors_error**2) ** 0.5
-        return (ours - authors) / error if error else None
+        ours, authors = (mean_of(cell, "scene_consistency") for cell in (self.ours, self.authors))
+        error = math.hypot(_scene_error(self.ours), _scene_error(self.authors))
+        return (ours - authors) / error if ours is not None and authors is not None and error else None
+
+
+def _scene_error(cell: Cell | None) -> float:
+    return 0.0 if cell is None else cell["metrics"]["scene_consistency"]["sem"] or 0.0
 
 
 def parting(cells: Sequence[Cell]) -> Parting | None:

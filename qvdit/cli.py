@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -250,76 +251,104 @@ def doctor() -> None:
 
 @app.command()
 def compare(
-    out: Out = Path("out/compare"),
-    model: Model = "wan-shapes",
-    recipes: Annotated[str, typer.Option(help="Recipes, separated by commas.")] = "rtn,qvdit",
-    bits: Annotated[str, typer.Option(help="Bit widths, separated by commas.")] = "w4a8,w3a6,w2a6",
-    videos: Annotated[int, typer.Option(min=2, help="Fresh prompts to sample with every cell.")] = 256,
+    out: Annotated[
+        Path, typer.Option(help="Folder of the table, of its cells (OUT/cells) and of heavy data (OUT/work).")
+    ] = Path("out/compare"),
+    models: Annotated[
+        str, typer.Option(help="Shipped models or pipelines' folders, separated by commas, or all shipped models.")
+    ] = "all",
+    recipes: Annotated[
+        str, typer.Option(help="Recipes or YAML files, separated by commas, or all shipped ones but the static one.")
+    ] = "all",
+    bits: Annotated[
+        str, typer.Option(help="Bit widths, separated by commas.")
+    ] = "w8a8,w6a6,w4a8,w4a6,w3a8,w3a6,w2a8,w2a6",
+    regimes: Annotated[
+        str,
+        typer.Option(help="uniform: all layers alike; mlp8: MLP weights at 8 bits, measured at w4a6, w3a8 and w3a6."),
+    ] = "uniform,mlp8",
+    videos: Annotated[int, typer.Option(min=2, help="Fresh prompts a seed that every cell samples.")] = 256,
+    seeds: Annotated[int, typer.Option(min=1, help="Draws of fresh prompts and noise; training happens once.")] = 3,
     prompt_count: PromptCount = None,
     steps: Steps = 20,
     records: Records = 10,
     guidance: Guidance = 2.5,
-    seed: Seed = 0,
     device: Device = "auto",
-    distill_steps: DistillSteps = None,
-    batch: Annotated[int, typer.Option(min=1, help="Videos sampled at once.")] = 64,
+    distill_steps: Annotated[
+        int | None,
+        typer.Option(min=0, help="Budget of every recipe that trains (default: 1000 on a GPU, 0 on a CPU)."),
+    ] = None,
+    distill_batch: Annotated[int, typer.Option(min=1, help="Batch of every recipe that trains.")] = 32,
+    learning_rates: Annotated[
+        str, typer.Option(help="Rates that each training recipe tries at w3a6; the best on held-out prompts is used.")
+    ] = "2e-4,5e-4,1e-3",
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Videos sampled at once (default: 256 on a GPU, 32 on a CPU).")
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(min=0, help="Start no cell that would end later; the same command goes on (default: no limit)."),
+    ] = None,
+    cells: Annotated[
+        Path | None, typer.Option(help="Folder of finished cells, to be read and added to (default: OUT/cells).")
+    ] = None,
+    render: Annotated[
+        bool, typer.Option("--render", help="Measure nothing: write the table and pictures of the finished cells.")
+    ] = False,
 ) -> None:
-    """Compare recipes and bit widths on the same data, prompts and noise; writes OUT/quality.json, prints a table."""
-    from datetime import date
+    """Compare methods fairly: one table of models, recipes and bit widths, all on the same data, prompts and noise.
 
-    import torch
+    Writes OUT/quality.json, OUT/table.md, OUT/widths.png and OUT/bits.png.
 
-    from qvdit import compare as comparison
-    from qvdit.contract import Bits
-    from qvdit.contract.files import write_json
-    from qvdit.job import Job
-    from qvdit.method.calibration import read_prompts
-    from qvdit.method.recipe import load
-    from qvdit.quality import Trial
-    from qvdit.settings import JobSettings, shipped_prompts
-    from qvdit.system import tool_versions
+    On two cores, in a minute or two:
 
-    settings = JobSettings(
-        model=model,
-        out=out,
+    qvdit compare --models wan-shapes --recipes rtn,smoothquant --bits w4a8,w2a6 --videos 4 --seeds 1 --prompt-count 2
+    --steps 4 --out out/small
+
+    The whole table, on a GPU, in several goes of 25 minutes:
+
+    qvdit compare --minutes 25 --out out/table
+
+    Every cell is saved as it is done, and the same command goes on with those that are missing, the most telling first.
+    Cells are small files: copy OUT/cells of several machines into one folder, and
+
+    qvdit compare --render --out out/table
+
+    writes their table without a GPU. Cells of other settings do not mix: the table says how many it leaves out.
+    """
+    from qvdit.compare import display, job
+    from qvdit.compare.settings import CompareSettings
+
+    settings = CompareSettings(
+        models=models,
+        recipes=recipes,
+        bits=bits,
+        regimes=regimes,
+        videos=videos,
+        seeds=seeds,
         prompt_count=prompt_count,
         steps=steps,
         records=records,
         guidance=guidance,
-        seed=seed,
         device=device,
+        distillation_steps=distill_steps,
+        distillation_batch=distill_batch,
+        learning_rates=learning_rates,
+        batch=batch,
     )
-    job = Job(settings)
-    trial = Trial.fresh(videos, 2026 + seed, steps, guidance, read_prompts(shipped_prompts()))
-    widths = tuple(Bits.parse(text) for text in bits.split(","))
-    chosen = tuple(load(name) for name in recipes.split(","))
-    task = comparison.Comparison(job.source, chosen, widths, job.plan, trial, job.device, distill_steps, batch, seed)
-    cells = comparison.run(task, out / "work", lambda text: errors.print(f"[dim]{text}[/dim]"))
-    name = torch.cuda.get_device_name() if job.device == "cuda" else "cpu"
-    write_json(
-        out / "quality.json",
-        {
-            "command": " ".join(["qvdit", *sys.argv[1:]]),
-            "versions": tool_versions(),
-            "device": name,
-            "date": date.today().isoformat(),
-            "videos": videos,
-            "cells": cells,
-        },
-    )
-    table = Table("recipe", "bits", "effective", "distilled", "scene", "PSNR dB")
-    for cell in cells:
-        metrics = cell["metrics"]
-        scene, psnr = metrics.get("scene_consistency"), metrics.get("psnr_db")
-        table.add_row(
-            cell["recipe"],
-            cell["bits"],
-            f"{cell['effective_weight_bits']:.2f}",
-            str(cell["distillation_steps"]),
-            f"{scene['mean']:.3f} ± {scene['sem']:.3f}" if scene else "",
-            f"{psnr['mean']:.2f} ± {psnr['sem']:.2f}" if psnr else "",
-        )
-    console.print(table)
+    places, command = job.Places(out, cells), shlex.join(["qvdit", *sys.argv[1:]])
+    with _going_on(), display.bars(errors) as watch:
+        if render:
+            outcome, found = None, job.render(places, watch)
+        else:
+            outcome, found = job.run(settings, places, watch, command, minutes)
+    if found:
+        for table in display.tables(found):
+            console.print(table)
+        console.print(f"look at {out / 'table.md'}", soft_wrap=True)
+    if outcome is not None:
+        display.say_left(console, outcome)
+    raise typer.Exit(1 if outcome is not None and outcome.failed else 0)
 
 
 # Running it --------------------------------------------------------------------------------------------------------
@@ -336,6 +365,16 @@ def _layer_bits(options: list[str]) -> dict[str, int]:
 
 
 @contextmanager
+def _going_on() -> Iterator[None]:
+    """Ctrl-C is no error: what is done is kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print("stopped; run the same command again to go on")
+        raise typer.Exit(130) from None
+
+
+@contextmanager
 def _progress() -> Iterator[Callable[[str], Any]]:
     """A bar for every stage, one below the other."""
     columns = (SpinnerColumn(), TextColumn("{task.description:<11}"), BarColumn(), TimeElapsedColumn())
@@ -344,11 +383,8 @@ def _progress() -> Iterator[Callable[[str], Any]]:
         @contextmanager
         def observe(stage: str) -> Iterator[Callable[[int, int], None]]:
             task = bars.add_task(stage, total=None)
-            try:
+            with _going_on():
                 yield lambda done, total: bars.update(task, completed=done, total=total)
-            except KeyboardInterrupt:
-                console.print("stopped; run the same command again to go on")
-                raise typer.Exit(130) from None
             bars.update(task, completed=1, total=1)
 
         yield observe

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,13 @@ class Trial:
     def of(prompts: tuple[str, ...], seed: int, steps: int, guidance: float) -> Trial:
         """Given prompts, each with a seed of its own that calibration does not use."""
         return Trial(prompts, tuple(seed * 1_000_003 + i for i in range(len(prompts))), steps, guidance)
+
+    @staticmethod
+    def pooled(trials: Sequence[Trial]) -> Trial:
+        """Several trials of the same sampler as one, one after the other."""
+        prompts = tuple(prompt for trial in trials for prompt in trial.prompts)
+        seeds = tuple(seed for trial in trials for seed in trial.seeds)
+        return Trial(prompts, seeds, trials[0].steps, trials[0].guidance)
 
 
 def sample_trial(pipeline: Any, trial: Trial, batch: int, progress: Progress = no_progress) -> torch.Tensor:

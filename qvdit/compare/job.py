@@ -1,0 +1,71 @@
+"""A whole comparison: what the user chose in, the files of a table out."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qvdit.compare import results
+from qvdit.compare.bench import Bench
+from qvdit.compare.fill import Filling, Outcome, Watch
+from qvdit.compare.settings import CompareSettings, recipes_with_layer_bits
+from qvdit.compare.store import Store
+from qvdit.compare.table import Cell
+from qvdit.models.loading import SourceModel
+from qvdit.system import cpu_name, tool_versions
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a comparison's files are."""
+
+    out: Path
+    cells: Path | None = None  # of finished cells, OUT/cells when absent
+
+    @property
+    def store(self) -> Path:
+        """Small: carry it between machines."""
+        return self.cells or self.out / "cells"
+
+    @property
+    def work(self) -> Path:
+        """Heavy: calibration data, statistics, videos. It can be made again."""
+        return self.out / "work"
+
+
+def run(
+    settings: CompareSettings, places: Places, watch: Watch, command: str, minutes: float | None = None
+) -> tuple[Outcome, list[Cell]]:
+    """Measure what is missing, for ``minutes`` at most, and write the table of what is there."""
+    terms, tasks, device = settings.terms, settings.tasks(), settings.chosen_device
+    for name in recipes_with_layer_bits(settings.chosen_recipes):
+        watch.say(f"{name}: its own layer bits are not used, the regime says what every layer has")
+    benches: dict[str, Bench] = {}
+
+    def bench(model: SourceModel) -> Bench:
+        if model.name not in benches:
+            data = [model.sampling, dataclasses.asdict(terms.calibration), terms.held_out]
+            digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
+            folder = places.work / f"{model.name}-{digest}"
+            benches[model.name] = Bench(model, terms, device, settings.sampling_batch, folder, watch.stage)
+        return benches[model.name]
+
+    store = Store(places.store, watch.say)
+    origin = {"device": _device_name(device), "command": command, "versions": tool_versions()}
+    outcome = Filling(terms, store, bench, watch, origin).run(tasks, minutes)
+    cells = results.write(store, places.out, terms, tasks) if outcome.measured else []
+    return outcome, cells
+
+
+def render(places: Places, watch: Watch) -> list[Cell]:
+    """Write the table of the cells that are there, without measuring any."""
+    return results.write(Store(places.store, watch.say), places.out)
+
+
+def _device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else cpu_name()

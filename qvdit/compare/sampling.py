@@ -1,0 +1,74 @@
+"""Sampling: the quantized transformer that a cell's videos come from, and the precision of what is around it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+
+from qvdit.contract.layer import Layer
+from qvdit.method import reference
+from qvdit.method.calibration import Progress
+from qvdit.method.lowbit import FrozenLinear, replace_linears
+from qvdit.quality import Trial, sample_trial
+
+
+def quantized_transformer(full: torch.nn.Module, layers: tuple[Layer, ...]) -> Any:
+    """A transformer with frozen layers to sample with; the full-precision one is left as it is.
+
+    Every quantized transformer of a comparison comes from here: a faster one takes its place here and nowhere else.
+    It must yield the reference's integers under :func:`autocast`.
+    """
+    model = reference.quantized_transformer(full, layers)
+    frozen = {name: module for name, module in model.named_modules() if isinstance(module, FrozenLinear)}
+    replace_linears(model, {name: _WithoutAutocast(module) for name, module in frozen.items()})
+    return model
+
+
+class _WithoutAutocast(torch.nn.Module):
+    """Runs a layer in its own precision: autocast would round the operands of its exact float32 products to bf16."""
+
+    def __init__(self, layer: FrozenLinear):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return self.layer(x)
+
+
+def precision(device: str) -> str:
+    """In which precision a device samples whatever is not quantized."""
+    return "bf16" if device == "cuda" else "fp32"
+
+
+def autocast(device: str) -> AbstractContextManager[Any]:
+    """The context of every forward pass whose output is compared, full precision's too."""
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=precision(device) == "bf16")
+
+
+def sample(pipeline: Any, trial: Trial, batch: int, device: str, progress: Progress) -> torch.Tensor:
+    """Videos of a trial, float32 on the CPU; ``progress`` counts the forward passes, one for each batch and step."""
+    passes = -(-len(trial.prompts) // batch) * trial.steps
+    with autocast(device), _counted(pipeline.transformer, passes, progress):
+        return sample_trial(pipeline, trial, batch)
+
+
+@contextmanager
+def _counted(transformer: torch.nn.Module, total: int, progress: Progress) -> Iterator[None]:
+    """Report every forward pass as it begins, and all of them at the end."""
+    done = 0
+
+    def count(*_: Any) -> None:
+        nonlocal done
+        progress(min(done, total), total)
+        done += 1
+
+    handle = transformer.register_forward_pre_hook(count)
+    try:
+        yield
+    finally:
+        handle.remove()
+    progress(total, total)

@@ -120,13 +120,13 @@ class Bench:
     @torch.no_grad()
     def held_out_error(self, layers: tuple[Layer, ...]) -> float:
         """Mean squared error of the quantized model's prediction to full precision's, on held-out records."""
-        model = sampling.quantized_transformer(self.full, layers)
+        model = sampling.quantized_transformer(self.full, layers, self.model.adapter)
         errors = []
         for shard, path in enumerate(self.held_out.shards):
             self.stage("held-out error", shard, len(self.held_out.shards))
             for batch in CalibrationData((path,)).batches():
                 inputs = {name: tensor.to(self.device) for name, tensor in batch.items()}
-                with sampling.autocast(self.device):
+                with sampling.arithmetic(self.device):
                     target, found = (m(**inputs, return_dict=False)[0].float() for m in (self.full, model))
                 errors.append((found - target).square().mean().item())
         return sum(errors) / len(errors)
@@ -157,7 +157,7 @@ class Bench:
     def _installed(self, layers: tuple[Layer, ...]) -> Iterator[None]:
         """The quantized transformer in the pipeline's, for a while."""
         full = self.full
-        self.pipeline.transformer = sampling.quantized_transformer(full, layers)
+        self.pipeline.transformer = sampling.quantized_transformer(full, layers, self.model.adapter)
         try:
             yield
         finally:

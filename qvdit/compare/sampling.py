@@ -10,20 +10,23 @@ import torch
 
 from qvdit.contract.layer import Layer
 from qvdit.method import reference
+from qvdit.method.acceleration import compile_blocks, fast_arithmetic
 from qvdit.method.calibration import Progress
 from qvdit.method.lowbit import FrozenLinear, replace_linears
+from qvdit.models import ModelAdapter
 from qvdit.quality import Trial, sample_trial
 
 
-def quantized_transformer(full: torch.nn.Module, layers: tuple[Layer, ...]) -> Any:
+def quantized_transformer(full: torch.nn.Module, layers: tuple[Layer, ...], adapter: ModelAdapter) -> Any:
     """A transformer with frozen layers to sample with; the full-precision one is left as it is.
 
-    Every quantized transformer of a comparison comes from here: a faster one takes its place here and nowhere else.
-    It must yield the reference's integers under :func:`autocast`.
+    Every quantized transformer of a comparison comes from here. Under :func:`arithmetic` it yields the reference's
+    integers: they are exact in TF32, whose products have more bits than any two of them.
     """
     model = reference.quantized_transformer(full, layers)
     frozen = {name: module for name, module in model.named_modules() if isinstance(module, FrozenLinear)}
     replace_linears(model, {name: _WithoutAutocast(module) for name, module in frozen.items()})
+    compile_blocks(model, adapter)
     return model
 
 
@@ -44,15 +47,15 @@ def precision(device: str) -> str:
     return "bf16" if device == "cuda" else "fp32"
 
 
-def autocast(device: str) -> AbstractContextManager[Any]:
+def arithmetic(device: str) -> AbstractContextManager[Any]:
     """The context of every forward pass whose output is compared, full precision's too."""
-    return torch.autocast(device, dtype=torch.bfloat16, enabled=precision(device) == "bf16")
+    return fast_arithmetic(device)
 
 
 def sample(pipeline: Any, trial: Trial, batch: int, device: str, progress: Progress) -> torch.Tensor:
     """Videos of a trial, float32 on the CPU; ``progress`` counts the forward passes, one for each batch and step."""
     passes = -(-len(trial.prompts) // batch) * trial.steps
-    with autocast(device), _counted(pipeline.transformer, passes, progress):
+    with arithmetic(device), _counted(pipeline.transformer, passes, progress):
         return sample_trial(pipeline, trial, batch)
 
 

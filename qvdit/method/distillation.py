@@ -10,17 +10,22 @@ unless the recipe asks for theirs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from qvdit.contract import QvditError
+from qvdit.method.acceleration import compile_blocks, fast_arithmetic
 from qvdit.method.calibration import Progress, no_progress
 from qvdit.method.recipe import DistillationBlock, Relation
 from qvdit.method.training import TrainableLinear
 from qvdit.models import ModelAdapter
+
+Records = dict[str, torch.Tensor]
+"""Recorded inputs by name, the records first."""
+
+_TARGET = "target"  # the teacher's output, beside the inputs
 
 
 def frame_relations(features: torch.Tensor) -> torch.Tensor:
@@ -60,7 +65,7 @@ def distil(
     layers: list[TrainableLinear],
     adapter: ModelAdapter,
     config: dict[str, Any],
-    groups: list[dict[str, torch.Tensor]],  # calibration records on the CPU, equal shapes together
+    groups: list[Records],
     block: DistillationBlock,
     steps: int,
     seed: int,
@@ -68,37 +73,76 @@ def distil(
 ) -> float:
     """Train the layers inside the student, in place; returns the last step's loss.
 
-    Deterministic under the seed on a CPU; on a GPU the gradient of attention is not.
+    groups: calibration records on the CPU, equal shapes together. Deterministic under the seed on a CPU; on a GPU the
+    gradient of attention is not.
     """
-    generator = torch.Generator().manual_seed(seed)
+    device = next(student.parameters()).device
+    batches = _draw_batches(groups, block.batch, steps, torch.Generator().manual_seed(seed))
+    used = [sorted({row for g, rows in batches if g == i for row in rows}) for i in range(len(groups))]
+    sets = [_with_targets(teacher, *pair, block.batch, device) for pair in zip(groups, used, strict=True)]
     for layer in layers:
         layer.quantize_activations = block.quantize_activations
         layer.requires_grad_(True)
-    device = next(student.parameters()).device
     optimizer = torch.optim.AdamW(_parameter_groups(layers, block), weight_decay=0.0)
-    sizes = torch.tensor([len(group["hidden_states"]) for group in groups], dtype=torch.float64)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    compile_blocks(student, adapter)
     loss = torch.tensor(math.nan)
-    with _tensor_float():
-        for step in range(steps):
-            progress(step, steps)
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * 0.5 * (1 + math.cos(math.pi * step / steps))
-            records = groups[int(torch.multinomial(sizes, 1, generator=generator))]
-            count = len(records["hidden_states"])
-            chosen = torch.randint(count, (min(block.batch, count),), generator=generator)
-            batch = {name: tensor[chosen].to(device) for name, tensor in records.items()}
-            loss = _loss(student, teacher, adapter, config, batch, block)
+    for step, (i, rows) in enumerate(batches):
+        progress(step, steps)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * 0.5 * (1 + math.cos(math.pi * step / steps))
+        batch = {name: tensor[rows].to(device) for name, tensor in sets[i].items()}
+        with fast_arithmetic(device):
+            loss = _loss(student, batch.pop(_TARGET), adapter, config, batch, block)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
     progress(steps, steps)
     for layer in layers:
         layer.quantize_activations = True
         layer.requires_grad_(False)
     _check_finite(layers)
     return float(loss.detach())
+
+
+def _draw_batches(
+    groups: list[Records], batch: int, steps: int, generator: torch.Generator
+) -> list[tuple[int, list[int]]]:
+    """For every step a group, drawn as often as it has records, and the rows of it to take."""
+    counts = [len(group["hidden_states"]) for group in groups]
+    sizes = torch.tensor(counts, dtype=torch.float64)
+    drawn = []
+    for _ in range(steps):
+        i = int(torch.multinomial(sizes, 1, generator=generator))
+        drawn.append((i, torch.randint(counts[i], (min(batch, counts[i]),), generator=generator).tolist()))
+    return drawn
+
+
+@torch.no_grad()
+def _with_targets(
+    teacher: torch.nn.Module, records: Records, used: list[int], batch: int, device: torch.device
+) -> Records:
+    """The records with the teacher's output for those that are used: it is run once, not in every step."""
+    outputs = []
+    for start in range(0, len(used), batch):
+        inputs = {name: tensor[used[start : start + batch]].to(device) for name, tensor in records.items()}
+        outputs.append(teacher(**inputs, return_dict=False)[0].float().cpu())
+    if not used:
+        return records
+    seen = torch.cat(outputs)
+    target = seen.new_zeros(len(records["hidden_states"]), *seen.shape[1:])
+    target[used] = seen
+    found = {**records, _TARGET: target}
+    return {name: tensor.to(device) for name, tensor in found.items()} if _fits(found, device) else found
+
+
+def _fits(records: Records, device: torch.device) -> bool:
+    """Whether the records may stay on a GPU: in an eighth of what is free there."""
+    if device.type != "cuda":
+        return False
+    size = sum(tensor.numel() * tensor.element_size() for tensor in records.values())
+    return size < torch.cuda.mem_get_info(device)[0] // 8
 
 
 def _check_finite(layers: list[TrainableLinear]) -> None:
@@ -113,30 +157,17 @@ def _check_finite(layers: list[TrainableLinear]) -> None:
 
 def _loss(
     student: torch.nn.Module,
-    teacher: torch.nn.Module,
+    target: torch.Tensor,
     adapter: ModelAdapter,
     config: dict[str, Any],
-    batch: dict[str, torch.Tensor],
+    batch: Records,
     block: DistillationBlock,
 ) -> torch.Tensor:
-    """TMD's loss of one batch, a scalar."""
-    with torch.no_grad():
-        target = teacher(**batch, return_dict=False)[0]
-    output = student(**batch, return_dict=False)[0]
+    """TMD's loss of one batch, a scalar. target: the teacher's output [B, C, T·p, H, W]."""
+    output = student(**batch, return_dict=False)[0].float()
     loss = torch.nn.functional.mse_loss(output, target)
     if not block.relation_weight:
         return loss
     frames = adapter.frames(config, batch)
     related = [related_features(x, block.relation, adapter, frames) for x in (output, target)]
     return loss + block.relation_weight * relation_loss(*related)
-
-
-@contextmanager
-def _tensor_float() -> Iterator[None]:
-    """TF32 matrix products while training: three times as fast on a GPU; the folded result is exact all the same."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before

@@ -27,6 +27,8 @@ class TrainableLinear(torch.nn.Module):
 
     weight: torch.Tensor
     zero: torch.Tensor
+    low: torch.Tensor
+    high: torch.Tensor
     inv_smooth: torch.Tensor | None
 
     def __init__(
@@ -51,6 +53,9 @@ class TrainableLinear(torch.nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("zero", grid.zero)
         self.register_buffer("inv_smooth", inv_smooth)
+        # Buffers, not numbers: compiled code then serves every width.
+        self.register_buffer("low", torch.tensor(float(grid.low), device=weight.device))
+        self.register_buffer("high", torch.tensor(float(grid.high), device=weight.device))
         self.log_scale = torch.nn.Parameter(grid.scale.log())  # the logarithm keeps Δ positive
         self.bias = None if bias is None else torch.nn.Parameter(bias.clone())
         self.alpha = None if alpha is None else torch.nn.Parameter(alpha)
@@ -80,9 +85,8 @@ class TrainableLinear(torch.nn.Module):
 
     def quantized_weight(self) -> torch.Tensor:
         """Ŵ, [N, K], differentiable in Δ, A and B."""
-        grid = self.grid
-        scale, zero = (per_feature(values, self.in_features) for values in (grid.scale, self.zero))
-        weight_q = (round_through(self.latent_weight() / scale) + zero).clamp(grid.low, grid.high)
+        scale, zero = (per_feature(values, self.in_features) for values in (self.log_scale.exp(), self.zero))
+        weight_q = (round_through(self.latent_weight() / scale) + zero).clamp(self.low, self.high)
         return (weight_q - zero) * scale
 
     def transformed_input(self, x: torch.Tensor) -> torch.Tensor:
@@ -98,6 +102,10 @@ class TrainableLinear(torch.nn.Module):
         return transformed + (rows.scale * rows.centred() - transformed).detach()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(x.device.type, enabled=False):  # bf16 would round what has just been quantized
+            return self._forward(x)
+
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
         x_hat = self.quantized_input(x)
         y = torch.nn.functional.linear(x_hat, self.quantized_weight(), self.bias)
         if self.alpha is None or self.beta is None:

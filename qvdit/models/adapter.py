@@ -43,6 +43,10 @@ class ModelAdapter(ABC):
         """The linears to quantize; embeddings, modulation and the output projection stay in full precision."""
 
     @abstractmethod
+    def blocks(self, model: torch.nn.Module) -> list[torch.nn.Module]:
+        """The transformer blocks, in the order they run."""
+
+    @abstractmethod
     def frames(self, config: dict[str, Any], inputs: dict[str, torch.Tensor]) -> int:
         """T: how many frames the tokens of a forward pass with these inputs span."""
 

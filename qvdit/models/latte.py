@@ -31,6 +31,10 @@ class LatteAdapter(ModelAdapter):
             found += _block(model, f"temporal_transformer_blocks.{i}", "temporal_attention", FrameRows.TEMPORAL)
         return found
 
+    def blocks(self, model: torch.nn.Module) -> list[torch.nn.Module]:
+        pairs = zip(model.transformer_blocks, model.temporal_transformer_blocks, strict=True)  # type: ignore[arg-type]
+        return [block for pair in pairs for block in pair]
+
     def frames(self, config: dict[str, Any], inputs: dict[str, torch.Tensor]) -> int:
         return inputs["hidden_states"].shape[2]
 

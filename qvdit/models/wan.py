@@ -39,6 +39,9 @@ class WanAdapter(ModelAdapter):
             found.append(Site(f"{block}.ffn.net.2", "mlp", video, f"{block}.ffn.hidden"))
         return found
 
+    def blocks(self, model: torch.nn.Module) -> list[torch.nn.Module]:
+        return list(model.blocks)  # type: ignore[arg-type]
+
     def frames(self, config: dict[str, Any], inputs: dict[str, torch.Tensor]) -> int:
         return inputs["hidden_states"].shape[2] // config.get("patch_size", (1, 2, 2))[0]
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from qvdit.method.distillation import distil, frame_relations, relation_loss
+from qvdit.method.distillation import _draw_batches, _with_targets, distil, frame_relations, relation_loss
 from qvdit.method.lowbit import replace_linears
 from qvdit.method.recipe import DistillationBlock
 from qvdit.method.training import TrainableLinear
@@ -201,3 +201,27 @@ def test_progress_is_told(tiny_wan, inputs):
     arguments = (trial.student, tiny_wan, trial.layers, trial.adapter, config, [inputs], block, 2, 0)
     distil(*arguments, progress=lambda done, total: told.append((done, total)))
     assert told == [(0, 2), (1, 2), (2, 2)]
+
+
+def test_the_teacher_runs_once_for_each_record_used():
+    records = {"hidden_states": draw(5, 3, 2, 4, 4), "timestep": torch.arange(5.0)}
+    seen: list[float] = []
+
+    def teacher(hidden_states, timestep, return_dict):
+        seen.extend(timestep.tolist())
+        return (torch.cat([hidden_states, hidden_states + timestep[:, None, None, None, None]], dim=1),)
+
+    found = _with_targets(teacher, records, [0, 2, 3], 2, torch.device("cpu"))
+    assert seen == [0, 2, 3]
+    for row in (0, 2, 3):  # the teacher may give more channels than it takes
+        assert torch.equal(found["target"][row, :3], records["hidden_states"][row])
+        assert torch.equal(found["target"][row, 3:], records["hidden_states"][row] + row)
+    assert not found["target"][[1, 4]].any()
+
+
+def test_batches_follow_the_size_of_the_groups():
+    groups = [{"hidden_states": torch.zeros(1)}, {"hidden_states": torch.zeros(99)}]
+    batches = _draw_batches(groups, 4, 300, torch.Generator().manual_seed(0))
+    assert len(batches) == 300
+    assert {i: {len(rows) for g, rows in batches if g == i} for i in (0, 1)} == {0: {1}, 1: {4}}
+    assert 0 < sum(i == 0 for i, _ in batches) < 20

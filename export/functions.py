@@ -4,6 +4,8 @@ Two bodies define the same operator: ``qdq`` (QuantizeLinear/DequantizeLinear ar
 ``integer`` (MatMulInteger, for ONNX Runtime). A body is assembled from the parts that a layer has; every combination is
 one overload of the function. The values ``x_q``, ``x_zero`` and ``acc`` keep these names in every body, so that a
 parity check can look at them.
+
+``weight_scale`` and ``weight_zero`` are [N], or [N, C] for C groups of input features; ``acc`` is [M, N] or [C, M, N].
 """
 
 from __future__ import annotations

@@ -155,64 +155,75 @@ def _start(
     frames: int,
     generator: torch.Generator,
 ) -> TrainableLinear:
-    """Round one linear and give it its closed-form correction."""
+    """Round one linear, with its rank-R term, and let its bias carry what the recipe wants it to."""
     recipe = job.recipe
     linear = transformer.get_submodule(site.name)
-    bias = None if linear.bias is None else linear.bias.detach().float()
     rotation = rotation_block(linear.weight.shape[1]) if recipe.rotation == "hadamard" else 0
     prepared = Prepared.of(linear.weight.detach().float(), statistics.of(site), smooth, rotation)
-    rank = min(recipe.tqe.rank, *prepared.weight.shape)
-    alpha, beta = None, None
-    weight = prepared.weight
-    if rank and recipe.tqe.start == "svd":
-        alpha, beta = tqe.best_approximation(weight, rank)
-        weight = weight - (alpha @ beta).T
-    bits = recipe.weight_bits(site.name, job.bits.weight)
-    latent, grid = _round(weight, bits, prepared, recipe)
-    error = weight - grid.dequantize(grid.quantize(latent))
-    if rank and recipe.tqe.start == "zeros":
-        alpha, beta = _zero_term(rank, error, generator)
-    elif rank and recipe.tqe.start == "closed_form":
-        alpha, beta = tqe.best_correction(error, _moment(prepared, recipe), rank)
-        error = error - (alpha @ beta).T
-    if recipe.weights.bias_correction:
-        # What the rank term leaves of the mean error; it is constant, so the bias can carry it.
-        bias = error @ prepared.mean if bias is None else bias + error @ prepared.mean
+    rounded = _round(prepared, recipe.weight_bits(site.name, job.bits.weight), recipe, generator)
+    bias = None if linear.bias is None else linear.bias.detach().float()
+    if recipe.weights.bias_correction:  # the mean error is constant, so the bias can carry it
+        bias = rounded.error @ prepared.mean if bias is None else bias + rounded.error @ prepared.mean
     gain = None
-    if alpha is not None and _has_gain(site, recipe):
-        gain = torch.full((frames,), _GAIN_STARTS[recipe.tqe.gain_start], device=weight.device)
+    if rounded.alpha is not None and _has_gain(site, recipe):
+        gain = torch.full((frames,), _GAIN_STARTS[recipe.tqe.gain_start], device=linear.weight.device)
     return TrainableLinear(
         site.name,
-        latent,
+        rounded.latent,
         bias,
-        grid,
+        rounded.grid,
         job.bits.act,
         recipe.activations.symmetric,
         site.rows,
         None if smooth is None else 1 / smooth,
-        alpha,
-        beta,
+        rounded.alpha,
+        rounded.beta,
         gain,
         rotation,
     )
 
 
-def _moment(prepared: Prepared, recipe: Recipe) -> torch.Tensor:
-    """The moment that errors are weighed by: the mean is the bias' business where the recipe corrects it."""
-    return prepared.covariance() if recipe.weights.bias_correction else prepared.second_moment
+@dataclass(frozen=True)
+class Rounded:
+    """A weight on its grid, with its rank-R term."""
+
+    grid: weights.WeightGrid
+    latent: torch.Tensor  # float32 [N, K]: nearest rounding of it gives the integers to start from
+    alpha: torch.Tensor | None  # float32 [K, R]
+    beta: torch.Tensor | None  # float32 [R, N]
+    error: torch.Tensor  # float32 [N, K]: what neither the integers nor the term give back of W
 
 
-def _round(
-    weight: torch.Tensor, bits: int, prepared: Prepared, recipe: Recipe
-) -> tuple[torch.Tensor, weights.WeightGrid]:
-    """The grid of a weight [N, K], and the weight whose nearest rounding on it gives the integers to start from."""
+def _round(prepared: Prepared, bits: int, recipe: Recipe, generator: torch.Generator) -> Rounded:
+    """Round a prepared weight; its term comes before (svd) or after the rounding."""
+    weight, alpha, beta = prepared.weight, None, None
+    rank = min(recipe.tqe.rank, *weight.shape)
+    start = recipe.tqe.start if rank else None
+    if start == "svd":
+        alpha, beta = tqe.best_approximation(weight, rank)
+        weight = weight - (alpha @ beta).T
+    grid, latent = _on_grid(weight, bits, prepared.second_moment, recipe)
+    error = weight - grid.dequantize(grid.quantize(latent))
+    if start == "zeros":
+        alpha, beta = _zero_term(rank, error, generator)
+    elif start == "closed_form":
+        # The mean is the bias' business where the recipe corrects it: only the spread is left to the term.
+        moment = prepared.covariance() if recipe.weights.bias_correction else prepared.second_moment
+        alpha, beta = tqe.best_correction(error, moment, rank)
+        error = error - (alpha @ beta).T
+    return Rounded(grid, latent, alpha, beta, error)
+
+
+def _on_grid(
+    weight: torch.Tensor, bits: int, moment: torch.Tensor, recipe: Recipe
+) -> tuple[weights.WeightGrid, torch.Tensor]:
+    """The grid of a weight [N, K], and its latent weight."""
     block = recipe.weights
-    moment = _moment(prepared, recipe)
     importance = moment.diagonal() if block.clip_by == "output" else None
     grid = weights.search_grid(weight, bits, bits >= block.symmetric_from, importance, block.group, block.clip_grid)
     if block.rounding == "nearest":
-        return weight, grid
-    return near_integers(weight, weights.round_second_order(weight, grid, moment), grid), grid
+        return grid, weight
+    return grid, near_integers(weight, weights.round_second_order(weight, grid, moment), grid)
 
 
 def near_integers(weight: torch.Tensor, weight_q: torch.Tensor, grid: weights.WeightGrid) -> torch.Tensor:

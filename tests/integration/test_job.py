@@ -25,6 +25,7 @@ from qvdit.contract import QvditError, checkpoint
 from qvdit.contract.bundle import PARITY_INPUTS, PARITY_REFERENCE, verify
 from qvdit.contract.layer import WeightSize
 from qvdit.job import STAGES
+from qvdit.runtimes.parity import check_bundle
 
 SCRIPTS = Path(sys.executable).parent
 SMALL = ("--prompt-count", "2", "--steps", "2", "--records", "2", "--videos", "1", "--device", "cpu", "--threads", "1")
@@ -200,6 +201,32 @@ def test_another_recipe_in_the_same_folder(recipe: str, bits: str, copied: Path,
     smoothed = recipe == "smoothquant" or (recipe, bits) == ("q-vdit-paper", "w4a8")
     assert {layer.inv_smooth is not None for layer in layers} == {smoothed}
     assert {layer.act_symmetric for layer in layers} == {recipe != "q-vdit-paper"}
+
+
+@pytest.mark.usefixtures("quick")
+def test_groups_and_rotation(copied: Path, make_job: Any, tmp_path: Path) -> None:
+    """The whole job with what the operator has beside the default recipe's parts, and the bundle's own check."""
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "name: mine\nsource: test\nrotation: hadamard\nweights: {group: 16}\ntqe: {rank: 2, start: svd}\n"
+    )
+    make_job(copied, recipe=str(recipe), bits="w3a6").run()
+    assert_parity(read(copied / "report.json"))
+    layers = checkpoint.load(copied / "quantized").layers
+    assert {(layer.group, layer.rotation, layer.rank) for layer in layers} == {(16, block, 2) for block in (16, 32)}
+    rows, model = check_bundle(copied, 1)
+    assert sum(row.xq_mismatches + row.acc_mismatches for row in rows) == 0
+    assert model.error_ratio == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.usefixtures("quick")
+def test_statistics_of_another_format_are_collected_again(
+    copied: Path, make_job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qvdit.method.statistics.FORMAT", 99)
+    job = make_job(copied)
+    job.run("quantize")
+    assert reused(job) == {"calibrate"}
 
 
 @pytest.mark.usefixtures("quick")

@@ -117,6 +117,9 @@ def test_batches_are_recorded_steps(tiny_pipeline, tmp_path):
     assert all(batch["timestep"].unique().numel() == 1 for batch in batches)
     assert batches[0]["timestep"][0] > batches[1]["timestep"][0]  # noise first
     assert set(batches[0]) == set(WanAdapter().inputs)
+    assert [step for step, _ in data.by_step()] == [0, 2, 0, 2]
+    for (_, ours), theirs in zip(data.by_step(), batches, strict=True):
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     (whole,) = data.groups()
     assert set(whole) == set(WanAdapter().inputs)
     for name, tensor in whole.items():

@@ -66,10 +66,22 @@ def assert_same_layer(found, expected):
             assert type(ours) is type(theirs)
 
 
+def shaped(name: str, bits: int, zero: bool) -> LowBitLayer:
+    """N = 5, K = 40, in 4 groups of 10, rotated in blocks of 8."""
+    rng = np.random.default_rng(bits)
+    half = 1 << (bits - 1)
+    integers = [rng.integers(-half, half, shape).astype(np.int8) for shape in ((5, 40), (5, 4))]
+    scale = rng.random((5, 4), np.float32)
+    return LowBitLayer(
+        name, bits, 8, True, FrameRows.NONE, integers[0], scale, integers[1] if zero else None, rotation=8
+    )
+
+
 @pytest.fixture
 def mixed():
     layers = [low_bit(f"blocks.{b}.full", b, True, seed=b) for b in WEIGHT_BITS]
     layers += [low_bit(f"blocks.{b}.bare", b, False, seed=b) for b in WEIGHT_BITS]
+    layers += [shaped(f"blocks.{b}.shaped", b, b != 4) for b in WEIGHT_BITS]
     # One name starts with another's: their arrays must not mix.
     return checkpoint(*layers, static("blocks.1", True), static("blocks.10", False))
 
@@ -159,6 +171,27 @@ def test_a_configuration_that_does_not_fit_is_told(tmp_path, changes):
     (tmp_path / CONFIG).write_text(json.dumps(config))
     with pytest.raises(QvditError, match="damaged checkpoint"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"rotation": 16}, "a rotation of 16 features, no power of two that divides 40"),
+        ({"rotation": 5}, "a rotation of 5 features"),
+        ({"rotation": "hadamard"}, "damaged checkpoint"),
+        ({"rotation": None}, "rotation"),
+        ({"k": 38}, r"scales of shape \(5, 4\) for weights of shape \(5, 38\)"),
+    ],
+    ids=str,
+)
+def test_a_rotation_or_group_that_does_not_fit_is_told_in_one_line(tmp_path, changes, told):
+    save(checkpoint(shaped("layer", 4, True)), tmp_path)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    config["layers"][0] = edited(config["layers"][0], **changes)
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    with pytest.raises(QvditError, match=told) as caught:
+        load(tmp_path)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("content", ["[]", '{"format": 1}', "{}", "null"])

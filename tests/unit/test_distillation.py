@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from qvdit.method.distillation import _draw_batches, _with_targets, distil, frame_relations, relation_loss
+from qvdit.method.distillation import (
+    _draw_batches,
+    _with_targets,
+    distil,
+    frame_relations,
+    related_features,
+    relation_loss,
+)
 from qvdit.method.lowbit import replace_linears
 from qvdit.method.recipe import DistillationBlock
 from qvdit.method.training import TrainableLinear
@@ -192,6 +199,25 @@ def test_distillation_without_relations_is_the_squared_error(tiny_wan, inputs):
     found = related.distil(steps=1, relation_weight=50.0)
     assert found == pytest.approx(squared + 50 * relations, rel=1e-5)
     assert relations > 0
+
+
+def test_the_authors_relate_half_channels():
+    """16 frames of 8 channels reshaped to 16 rows: the first row is the first half of channel 0, all frames of it."""
+    video = draw(2, 8, 16, 4, 4)
+    found = related_features(video, "authors", WanAdapter(), 16)
+    assert found.shape == (2, 16, 8 * 4 * 4)
+    for row in range(16):
+        half = slice(8 * (row % 2), 8 * (row % 2) + 8)
+        assert torch.equal(found[1, row], video[1, row // 2, half].flatten())
+    frames = related_features(video, "frames", WanAdapter(), 16)
+    assert torch.equal(frames, WanAdapter().output_frames(video, 16))
+    assert not torch.equal(found, frames)
+
+
+def test_the_recipe_chooses_the_relation(tiny_wan, inputs):
+    alone = {name: tensor[:1] for name, tensor in inputs.items()}
+    losses = {relation: Trial(tiny_wan, alone).distil(steps=1, relation=relation) for relation in ("frames", "authors")}
+    assert losses["frames"] != losses["authors"]
 
 
 def test_progress_is_told(tiny_wan, inputs):

@@ -13,7 +13,7 @@ from qvdit.contract.layer import WeightSize, arrays
 
 def low_bit(n: int, k: int, bits: int, **optional: np.ndarray) -> LowBitLayer:
     fixed = {"weight_q": np.zeros((n, k), np.int8), "weight_scale": np.ones(n, np.float32)}
-    return LowBitLayer("layer", bits, 8, True, FrameRows.NONE, **fixed, **optional)
+    return LowBitLayer("layer", bits, 8, True, FrameRows.NONE, **{**fixed, **optional})
 
 
 def floats(*shape: int) -> np.ndarray:
@@ -28,6 +28,12 @@ def floats(*shape: int) -> np.ndarray:
         (2, {}, 5 * 64 * 2 + 5 * 32),
         (8, {"bias": floats(5)}, 5 * 64 * 8 + 5 * 32),
         (4, {"weight_zero": np.zeros(5, np.int8)}, 5 * 64 * 4 + 5 * 32 + 5 * 8),
+        (4, {"weight_scale": floats(5, 3)}, 5 * 64 * 4 + 15 * 32),
+        (
+            2,
+            {"weight_scale": floats(5, 11), "weight_zero": np.zeros((5, 11), np.int8)},
+            5 * 64 * 2 + 55 * 32 + 55 * 8,
+        ),
         (4, {"inv_smooth": floats(33)}, 5 * 64 * 4 + 5 * 32 + 33 * 32),
         (6, {"alpha": floats(33, 2), "beta": floats(2, 5)}, 5 * 64 * 6 + 5 * 32 + 66 * 32 + 10 * 32),
         (
@@ -42,6 +48,29 @@ def test_stored_bits_of_a_low_bit_layer(bits, optional, expected):
     assert layer.stored_bits() == expected
     assert layer.shape == (5, 33)
     assert layer.rank == (layer.alpha.shape[1] if "alpha" in optional else 0)
+
+
+@pytest.mark.parametrize(
+    ("optional", "told"),
+    [
+        ({"weight_scale": floats(4)}, r"scales of shape \(4,\) for weights of shape \(5, 24\)"),
+        ({"weight_scale": floats(5, 7)}, r"scales of shape \(5, 7\)"),
+        ({"weight_scale": floats(5, 1)}, r"scales of shape \(5, 1\)"),  # one group has no dimension of its own
+        ({"weight_scale": floats(5, 3), "weight_zero": np.zeros(5, np.int8)}, r"zeros of shape \(5,\) beside"),
+        ({"rotation": 3}, "a rotation of 3 features, no power of two that divides 24"),
+        ({"rotation": 16}, "a rotation of 16 features"),
+        ({"rotation": 1}, "a rotation of 1 features"),
+        ({"rotation": -8}, "a rotation of -8 features"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_refused(optional, told):
+    with pytest.raises(ValueError, match=told):
+        low_bit(5, 24, 4, **optional)
+
+
+@pytest.mark.parametrize(("groups", "group"), [((), 24), ((2,), 12), ((24,), 1)])
+def test_group(groups, group):
+    assert low_bit(5, 24, 4, weight_scale=floats(5, *groups), rotation=8).group == group
 
 
 def test_stored_bits_without_padding():

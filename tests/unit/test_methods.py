@@ -48,7 +48,7 @@ def statistics(tmp_path_factory, wan_model, data) -> Statistics:
 
 @pytest.fixture
 def make(wan_model, statistics, data):
-    """``make(recipe, bits, steps)``: the layers of ``wan_model``, whose K are 32, 48 and 64, by name."""
+    """``make(recipe, bits, steps)``: the layers of ``wan_model``, whose K are 32 and 48, by name."""
 
     def quantized(recipe: Recipe, bits: str = "w4a8", steps: int = 0) -> dict[str, Any]:
         job = QuantizationJob(recipe, Bits.parse(bits), steps)

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qvdit.contract import ACT_BITS, WEIGHT_BITS, FrameRows, LowBitLayer
+from qvdit.contract.layer import rotation_block
 from qvdit.method import operator
 from qvdit.method.lowbit import LowBitLinear
 
@@ -25,7 +26,7 @@ class Expected:
     x_q: np.ndarray  # int64 [M, K]
     s_x: np.ndarray  # float32 [M]
     z_x: np.ndarray  # int64 [M]
-    acc: np.ndarray  # int64 [M, N]
+    acc: np.ndarray  # int64 [M, N], or [C, M, N] for C groups
     y: np.ndarray  # float64 [M, N]
     terms: np.ndarray  # float64 [M, N]: sum of |terms| of y
 
@@ -46,15 +47,32 @@ def reference(layer: LowBitLayer, x: np.ndarray, frame_of_row: list[int] | None 
     """Steps 1 to 4 for finite x, float32 [M, K]."""
     if layer.inv_smooth is not None:
         x = x * layer.inv_smooth
+    half = 1
+    while half < layer.rotation:  # features half apart: (a, b) → (a + b, a - b)
+        first = [k for k in range(x.shape[1]) if not k & half]
+        second = [k + half for k in first]
+        turned = np.empty_like(x)
+        turned[:, first], turned[:, second] = x[:, first] + x[:, second], x[:, first] - x[:, second]
+        x, half = turned, 2 * half
     quantized = [quantize_row(row, layer.act_bits, layer.act_symmetric) for row in x]
     x_q, s_x = np.stack([q for q, _, _ in quantized]), np.array([s for _, s, _ in quantized], F32)
     z_x = np.array([z for _, _, z in quantized], np.int64)
     centred = x_q - z_x[:, None]
-    zero = np.zeros(layer.shape[0], np.int64) if layer.weight_zero is None else layer.weight_zero.astype(np.int64)
-    acc = centred @ (layer.weight_q.astype(np.int64) - zero[:, None]).T
+    n, k = layer.shape
+    scales = layer.weight_scale.astype(np.float64).reshape(n, -1)
+    zeros = np.zeros(scales.shape, np.int64)
+    if layer.weight_zero is not None:
+        zeros = layer.weight_zero.astype(np.int64).reshape(n, -1)
+    accs = []
+    for g in range(scales.shape[1]):
+        part = slice(g * k // scales.shape[1], (g + 1) * k // scales.shape[1])
+        accs.append(centred[:, part] @ (layer.weight_q[:, part].astype(np.int64) - zeros[:, g : g + 1]).T)
+    acc = np.stack(accs)
     scale = s_x.astype(np.float64)[:, None]
-    y = scale * layer.weight_scale.astype(np.float64) * acc
-    terms = np.abs(y)
+    by_group = scale * np.einsum("cmn,nc->cmn", acc.astype(np.float64), scales)
+    y, terms = by_group.sum(0), np.abs(by_group).sum(0)
+    if layer.weight_scale.ndim == 1:
+        acc = acc[0]
     if layer.alpha is not None:
         gain = np.ones((len(x), 1))
         if frame_of_row is not None:
@@ -79,10 +97,12 @@ def make_layer(
     rank: int = 1,
     frames: int = 0,
     rows: FrameRows = FrameRows.NONE,
+    groups: int = 1,
 ) -> LowBitLayer:
-    """A random layer; ``parts`` names what it has of zero, bias, smooth and tqe."""
+    """A random layer; ``parts`` names what it has of zero, bias, smooth, tqe and rotation."""
     rng = np.random.default_rng(seed)
     half = 1 << (bits - 1)
+    grouped = (n,) if groups == 1 else (n, groups)
 
     def floats(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape).astype(F32)
@@ -94,13 +114,14 @@ def make_layer(
         act_symmetric=symmetric,
         rows=rows,
         weight_q=rng.integers(-half, half, (n, k)).astype(np.int8),
-        weight_scale=(0.01 + rng.random(n)).astype(F32),
-        weight_zero=rng.integers(-half, half, n).astype(np.int8) if "zero" in parts else None,
+        weight_scale=(0.01 + rng.random(grouped)).astype(F32),
+        weight_zero=rng.integers(-half, half, grouped).astype(np.int8) if "zero" in parts else None,
         bias=floats(n) if "bias" in parts else None,
         inv_smooth=np.exp(floats(k)) if "smooth" in parts else None,
         alpha=floats(k, rank) if "tqe" in parts else None,
         beta=floats(rank, n) if "tqe" in parts else None,
         frame_gain=(0.5 + rng.random(frames)).astype(F32) if frames else None,
+        rotation=rotation_block(k) if "rotation" in parts else 0,
     )
 
 
@@ -109,14 +130,16 @@ def assert_agrees(layer: LowBitLayer, x: np.ndarray, frame_of_row: list[int] | N
     expected = reference(layer, x.reshape(-1, x.shape[-1]), frame_of_row)
     module = LowBitLinear(layer)
     rows = module.quantize(torch.from_numpy(x))
-    m, n = expected.acc.shape
+    m, n = expected.acc.shape[-2:]
     np.testing.assert_array_equal(rows.x_q.numpy().reshape(m, -1), expected.x_q)
     np.testing.assert_array_equal(rows.scale.numpy().reshape(m), expected.s_x)
     assert rows.scale.dtype == torch.float32
     assert (rows.zero is None) == layer.act_symmetric
     if rows.zero is not None:
         np.testing.assert_array_equal(rows.zero.numpy().reshape(m), expected.z_x)
-    np.testing.assert_array_equal(module.accumulate(rows).numpy().reshape(m, n).astype(np.int64), expected.acc)
+    acc = module.accumulate(rows)
+    assert acc.shape == (*expected.acc.shape[:-2], *x.shape[:-1], n)
+    np.testing.assert_array_equal(acc.numpy().astype(np.int64).reshape(expected.acc.shape), expected.acc)
     y = module(torch.from_numpy(x))
     assert y.dtype == torch.float32
     assert y.shape == (*x.shape[:-1], n)
@@ -136,8 +159,9 @@ def operator_cases(draw: st.DrawFn) -> tuple[LowBitLayer, np.ndarray]:
         bits=draw(st.sampled_from(WEIGHT_BITS)),
         act_bits=draw(st.sampled_from(ACT_BITS)),
         symmetric=draw(st.booleans()),
-        parts=tuple(draw(st.sets(st.sampled_from(["zero", "bias", "smooth", "tqe"])))),
+        parts=tuple(draw(st.sets(st.sampled_from(["zero", "bias", "smooth", "tqe", "rotation"])))),
         rank=draw(st.integers(1, 3)),
+        groups=draw(st.sampled_from([c for c in range(1, k + 1) if k % c == 0])),
     )
     rng = np.random.default_rng(seed + 1)
     x = rng.standard_normal((draw(st.integers(1, 6)), k)) * 10.0 ** draw(st.integers(-6, 6))
@@ -208,9 +232,11 @@ def test_the_scale_divides():
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("position", [0, 16, 32])
-def test_nan_and_inf_make_their_row_nan_and_no_other(symmetric, value, position):
-    layer = make_layer(4, 6, 33, symmetric=symmetric, parts=("zero", "bias", "smooth", "tqe"))
-    x = np.random.default_rng(5).standard_normal((2, 4, 33)).astype(F32)
+@pytest.mark.parametrize(("k", "shaped", "groups"), [(33, (), 1), (33, (), 3), (40, ("rotation",), 1)])
+def test_nan_and_inf_make_their_row_nan_and_no_other(symmetric, value, position, k, shaped, groups):
+    """Rotated: in blocks of 8 of 40 features, and yet the whole row."""
+    layer = make_layer(4, 6, k, symmetric=symmetric, parts=("zero", "bias", "smooth", "tqe", *shaped), groups=groups)
+    x = np.random.default_rng(5).standard_normal((2, 4, k)).astype(F32)
     clean = LowBitLinear(layer)(torch.from_numpy(x))
     x[1, 2, position] = value
     rows = LowBitLinear(layer).quantize(torch.from_numpy(x))
@@ -234,8 +260,9 @@ def test_nan_and_inf_together_and_in_every_row(symmetric):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_the_output_has_the_inputs_type_and_is_computed_in_float32(dtype):
-    layer = make_layer(6, 8, 40, parts=("zero", "bias", "smooth", "tqe"))
+@pytest.mark.parametrize("shaped", [(), ("rotation",)], ids=["plain", "rotated"])
+def test_the_output_has_the_inputs_type_and_is_computed_in_float32(dtype, shaped):
+    layer = make_layer(6, 8, 40, parts=("zero", "bias", "smooth", "tqe", *shaped), groups=5 if shaped else 1)
     x = torch.randn(5, 40, generator=torch.Generator().manual_seed(1)).to(dtype)
     y = LowBitLinear(layer)(x)
     assert y.dtype == dtype

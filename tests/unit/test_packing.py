@@ -37,7 +37,8 @@ def packed_cases(draw: st.DrawFn) -> tuple[int, np.ndarray, np.ndarray | None]:
     half = 1 << (bits - 1)
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     weight_q = rng.integers(-half, half, (n, k)).astype(np.int8)
-    zero = rng.integers(-half, half, n).astype(np.int8) if draw(st.booleans()) else None
+    groups = draw(st.sampled_from([(), *((c,) for c in range(2, k + 1) if k % c == 0)]))
+    zero = rng.integers(-half, half, (n, *groups)).astype(np.int8) if draw(st.booleans()) else None
     return bits, weight_q, zero
 
 
@@ -56,7 +57,7 @@ def test_round_trip(case):
 def test_rows_are_the_documented_bit_string(case):
     bits, weight_q, zero = case
     for index, row in enumerate(pack(weight_q, bits, zero)):
-        padding = 0 if zero is None else int(zero[index])
+        padding = 0 if zero is None else int(np.atleast_1d(zero[index])[-1])
         expected = slow_pack(weight_q[index].tolist(), bits, padding)
         assert int.from_bytes(row.astype("<u4").tobytes(), "little") == expected
 
@@ -67,7 +68,7 @@ def test_padding_is_the_zero_point(case):
     k = weight_q.shape[1]
     padded_k = -(-k // 32) * 32
     padding = unpack(pack(weight_q, bits, zero), bits, padded_k)[:, k:]
-    expected = np.zeros(len(weight_q)) if zero is None else zero
+    expected = np.zeros(len(weight_q)) if zero is None else zero.reshape(len(zero), -1)[:, -1]
     np.testing.assert_array_equal(padding, np.repeat(expected[:, None], padded_k - k, axis=1))
 
 

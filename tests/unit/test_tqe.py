@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 
 from qvdit.contract import FrameRows
-from qvdit.method.tqe import GainFit, best_correction
+from qvdit.method.tqe import GainFit, best_approximation, best_correction
 
 N, K = 12, 18
 
@@ -87,6 +88,22 @@ def test_no_error_no_correction(moment):
     alpha, beta = best_correction(torch.zeros(N, K), moment, 2)
     assert (alpha @ beta == 0).all()
     assert alpha.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(12, 18), (18, 12), (16, 16)])
+@pytest.mark.parametrize("rank", [1, 4, 11])
+def test_the_best_approximation_is_the_truncated_svd(shape, rank):
+    """Eckart-Young: what is left are the discarded singular values, and the subspace is numpy's."""
+    weight = draw(*shape, seed=3)
+    alpha, beta = best_approximation(weight, rank)
+    assert (alpha.shape, beta.shape) == ((shape[1], rank), (rank, shape[0]))
+    u, sigma, vt = np.linalg.svd(weight.double().numpy())
+    found = (alpha @ beta).T.double().numpy()
+    np.testing.assert_allclose(found, (u[:, :rank] * sigma[:rank]) @ vt[:rank], atol=1e-5 * sigma[0])
+    left = np.linalg.norm(weight.double().numpy() - found)
+    assert left == pytest.approx(np.sqrt((sigma[rank:] ** 2).sum()), rel=1e-5)
+    # the two factors are of equal size
+    np.testing.assert_allclose((alpha.norm(dim=0) / beta.norm(dim=1)).numpy(), 1, rtol=1e-4)
 
 
 B, T, P = 2, 4, 3

@@ -26,9 +26,9 @@ def make_linear(
     weight_symmetric: bool = False,
     parts: tuple[str, ...] = ("bias", "smooth", "tqe", "gain"),
 ) -> TrainableLinear:
-    """``parts``: what it has of bias, smooth, tqe, gain and inner."""
+    """``parts``: what it has of bias, smooth, tqe, gain, inner, groups and rotation."""
     weight = draw(N, K)
-    grid = search_grid(weight, bits, weight_symmetric)
+    grid = search_grid(weight, bits, weight_symmetric, group=8 if "groups" in parts else 0)
     layer = TrainableLinear(
         "layer",
         weight,
@@ -41,6 +41,7 @@ def make_linear(
         alpha=draw(K, R, seed=3) if "tqe" in parts else None,
         beta=draw(R, N, seed=4) if "tqe" in parts else None,
         gain=torch.tensor([0.7, 1.0, 1.6]) if "gain" in parts else None,
+        rotation=8 if "rotation" in parts else 0,
     )
     if "inner" in parts:
         layer.add_inner_term(R, torch.Generator().manual_seed(5))
@@ -57,13 +58,23 @@ def video_rows() -> torch.Tensor:
 @pytest.mark.parametrize(("bits", "weight_symmetric"), [(3, False), (4, True), (8, False)])
 @pytest.mark.parametrize(
     "parts",
-    [(), ("bias",), ("smooth", "inner"), ("tqe",), ("bias", "tqe", "gain"), ("bias", "smooth", "tqe", "gain", "inner")],
+    [
+        (),
+        ("bias",),
+        ("smooth", "inner"),
+        ("tqe",),
+        ("bias", "tqe", "gain"),
+        ("bias", "smooth", "tqe", "gain", "inner"),
+        ("groups",),
+        ("rotation",),
+        ("bias", "smooth", "tqe", "gain", "inner", "groups", "rotation"),
+    ],
     ids="+".join,
 )
 @torch.no_grad()
 def test_folding_keeps_the_output(bits, act_symmetric, weight_symmetric, parts):
     layer = make_linear(bits, 8, act_symmetric, weight_symmetric, parts)
-    layer.log_scale += 0.05 * draw(N, seed=8)  # as training would
+    layer.log_scale += 0.05 * draw(*layer.log_scale.shape, seed=8)  # as training would
     x = video_rows()
     folded = LowBitLinear(layer.fold())
     expected, found = layer(x), folded(x)
@@ -127,8 +138,9 @@ def test_the_inner_term_follows_its_generator():
 
 
 @pytest.mark.parametrize("quantize_activations", [True, False])
-def test_gradients_reach_every_parameter(quantize_activations):
-    layer = make_linear(3, parts=("bias", "smooth", "tqe", "gain", "inner"))
+@pytest.mark.parametrize("more", [(), ("groups", "rotation")], ids=["plain", "shaped"])
+def test_gradients_reach_every_parameter(quantize_activations, more):
+    layer = make_linear(3, parts=("bias", "smooth", "tqe", "gain", "inner", *more))
     layer.quantize_activations = quantize_activations
     (layer(video_rows()) * draw(2, T * P, N, seed=9)).sum().backward()
     parameters = dict(layer.named_parameters())
@@ -167,6 +179,26 @@ def test_the_gradient_of_the_scale():
     torch.testing.assert_close(layer.log_scale.grad, expected[None])
 
 
+def test_the_gradient_of_a_groups_scale_is_its_own_weights():
+    weight = draw(2, 6)
+    grid = search_grid(weight, 3, False, group=3)
+    layer = TrainableLinear("layer", weight, None, grid, 8, True, FrameRows.NONE)
+    upstream = torch.zeros(2, 6)
+    upstream[1, 3:] = draw(3, seed=1)
+    layer.quantized_weight().backward(upstream)
+    assert (layer.log_scale.grad != 0).tolist() == [[False, False], [False, True]]
+    part = WeightGrid(3, grid.scale[1:, 1], grid.zero[1:, 1])
+    alone = TrainableLinear("alone", weight[1:, 3:], None, part, 8, True, FrameRows.NONE)
+    alone.quantized_weight().backward(upstream[1:, 3:])
+    torch.testing.assert_close(layer.log_scale.grad[1, 1:], alone.log_scale.grad)
+
+
+def test_rotated_folding_names_its_block():
+    folded = make_linear(parts=("groups", "rotation")).fold()
+    assert folded.rotation == 8
+    assert folded.weight_scale.shape == folded.weight_zero.shape == (N, K // 8)
+
+
 def test_the_scale_stays_positive_after_a_big_step():
     layer = make_linear(3)
     optimizer = torch.optim.SGD([layer.log_scale], lr=1.0)
@@ -196,9 +228,10 @@ def test_round_through():
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_near_integers_keeps_the_integers_it_is_given(bits):
+@pytest.mark.parametrize("group", [0, 8])
+def test_near_integers_keeps_the_integers_it_is_given(bits, group):
     weight = draw(N, K)
-    grid = search_grid(weight, bits, False)
+    grid = search_grid(weight, bits, False, group=group)
     mix = draw(K, 8, seed=1)
     for integers in (
         round_second_order(weight, grid, mix @ mix.T),

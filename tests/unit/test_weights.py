@@ -6,9 +6,12 @@ from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qvdit.contract import WEIGHT_BITS
-from qvdit.method.weights import WeightGrid, damped, round_second_order, search_grid
+from qvdit.contract.layer import group_size
+from qvdit.method.weights import CLIP_SEARCHES, WeightGrid, damped, per_feature, round_second_order, search_grid
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -202,3 +205,121 @@ def test_second_order_with_inputs_that_are_never_active():
     moment[:, 5] = moment[5] = 0
     assert round_second_order(weight, search_grid(weight, 4, False), moment).isfinite().all()
     assert round_second_order(weight, search_grid(weight, 4, False), torch.zeros(32, 32)).isfinite().all()
+
+
+# Groups ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("k", "wanted", "expected"),
+    [(192, 64, 64), (640, 64, 64), (48, 64, 48), (100, 64, 50), (96, 36, 32), (37, 8, 1), (37, 0, 37), (5, 1, 1)],
+)
+def test_groups_are_whole(k, wanted, expected):
+    assert group_size(k, wanted) == expected
+
+
+def test_every_group_is_a_channel_of_its_own():
+    """The grid of [N, K] in groups is that of [N · C, G] without."""
+    weight, importance = heavy_tailed(6, 48), draw(48, seed=5).square()
+    for symmetric in (True, False):
+        found = search_grid(weight, 3, symmetric, importance, group=16)
+        assert found.scale.shape == found.zero.shape == (6, 3)
+        for column in range(3):
+            part = slice(16 * column, 16 * column + 16)
+            alone = search_grid(weight[:, part], 3, symmetric, importance[part])
+            torch.testing.assert_close(found.scale[:, column], alone.scale)
+            assert torch.equal(found.zero[:, column], alone.zero)
+            assert torch.equal(found.quantize(weight)[:, part], alone.quantize(weight[:, part]))
+
+
+@pytest.mark.parametrize("changed", [0, 1, 2])
+def test_a_groups_weights_decide_its_scale_alone(changed):
+    weight = heavy_tailed(4, 48)
+    before = search_grid(weight, 4, False, group=16)
+    weight[2, 16 * changed : 16 * changed + 16] *= 7
+    after = search_grid(weight, 4, False, group=16)
+    differs = (before.scale != after.scale).nonzero().tolist()
+    assert differs == [[2, changed]]
+
+
+def test_a_group_of_the_whole_row_is_no_group():
+    weight = heavy_tailed(4, 48)
+    for group in (0, 48, 64):
+        assert search_grid(weight, 4, False, group=group).scale.shape == (4,)
+    assert search_grid(weight, 4, False, group=47).scale.shape == (4, 2)
+
+
+@given(
+    n=st.integers(1, 5),
+    groups=st.integers(2, 6),
+    size=st.integers(1, 9),
+    bits=st.sampled_from(WEIGHT_BITS),
+    symmetric=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_any_grouped_grid(n, groups, size, bits, symmetric, seed):
+    k = groups * size
+    weight = heavy_tailed(n, k, seed)
+    grid = search_grid(weight, bits, symmetric, group=size)
+    assert grid.scale.shape == (n, groups)
+    scale = per_feature(grid.scale, k)
+    for row, column in ((0, 0), (n - 1, k - 1)):
+        assert scale[row, column] == grid.scale[row, column // size]
+    integers = grid.quantize(weight)
+    assert grid.low <= integers.min() <= integers.max() <= grid.high
+    assert torch.equal(grid.quantize(grid.dequantize(integers)), integers)
+    zeros = torch.zeros(n, k)
+    assert torch.equal(grid.dequantize(grid.quantize(zeros)), zeros)
+    # rounding is to the nearest value of the grid: no further than half a step unless clipped
+    off = (grid.dequantize(integers) - weight).abs() / scale
+    clipped = (integers == grid.low) | (integers == grid.high)
+    assert (off[~clipped] <= 0.5 + 1e-3).all()
+
+
+@pytest.mark.parametrize("group", [16, 25, 50])
+def test_second_order_in_groups_keeps_the_output_better(group):
+    weight, moment = draw(16, 100), correlated_moment(100)
+    grid = search_grid(weight, 3, False, group=group)
+    integers = round_second_order(weight, grid, moment.float())
+    assert grid.low <= integers.min() <= integers.max() <= grid.high
+    second = output_error(weight, grid.dequantize(integers), moment)
+    nearest = output_error(weight, grid.dequantize(grid.quantize(weight)), moment)
+    assert second < 0.75 * nearest
+    same = round_second_order(weight, grid, torch.eye(100))
+    assert torch.equal(same, grid.quantize(weight))
+
+
+# The authors' clip grid -----------------------------------------------------------------------------------------------
+
+
+def test_the_authors_clip_grid():
+    authors, clean = CLIP_SEARCHES["authors"], CLIP_SEARCHES["clean"]
+    assert 1.0 not in authors.ratios
+    assert (authors.ratios[0], authors.ratios[-1], len(authors.ratios)) == (0.0, 0.98, 50)
+    assert (clean.ratios[0], clean.ratios[-1], len(clean.ratios)) == (0.02, 1.0, 50)
+    assert set(authors.ratios) - {0.0} == set(clean.ratios) - {1.0}
+    assert (authors.slack, clean.slack) == (1e-4, 0.0)
+
+
+def test_the_authors_search_by_hand():
+    """One row: the ratio whose error is least when Δ + 1e-4 divides and Δ multiplies."""
+    weight = 0.02 * draw(1, 64)
+    low, high = weight.min(), weight.max()
+    errors = {}
+    for percent in range(2, 100, 2):
+        scale = (high - low) / 15 * percent / 100
+        zero = torch.round(-low / ((high - low) / 15))
+        integers = (torch.round(weight / (scale + 1e-4)) + zero).clamp(0, 15)
+        errors[percent] = ((integers - zero) * scale - weight).square().sum().item()
+    best = min(errors, key=errors.get)
+    found = search_grid(weight, 4, False, clip_grid="authors")
+    torch.testing.assert_close(found.scale, ((high - low) / 15 * best / 100)[None])
+
+
+def test_the_authors_clip_grid_costs_at_eight_bits():
+    """Of a size that trained weights have, Δ is no longer large against 1e-4."""
+    weight = 0.02 * draw(64, 512)
+    clean, authors = (
+        float(row_error(weight, search_grid(weight, 8, False, clip_grid=c)).sum()) for c in ("clean", "authors")
+    )
+    assert authors > 1.1 * clean

@@ -76,7 +76,7 @@ def measurements(videos: torch.Tensor, trial: Trial) -> dict[str, torch.Tensor]:
         scenes = [world.parse_prompt(prompt) for prompt in trial.prompts]
     except ValueError:
         return {}
-    return measure.measure(videos, world.SceneBatch.from_scenes(scenes))
+    return measure.measure(videos, world.SceneBatch.from_scenes(scenes, videos.device))
 
 
 def finite(value: float) -> float | None:

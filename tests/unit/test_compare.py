@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 
 from qvdit.compare import plan, sampling
-from qvdit.compare.bench import Quantized
+from qvdit.compare.bench import Bench, Quantized
 from qvdit.compare.fill import Estimates, Filling, Outcome
 from qvdit.compare.plan import SweepRun, Task, Terms, Training
 from qvdit.compare.settings import CompareSettings
@@ -70,6 +70,7 @@ class FakeBench:
         self.asked: list[tuple[Any, ...]] = []
         self.stored: dict[str, Any] = {}
         self.rate: float | None = None
+        self.device = "cpu"
         self.sites = [
             SimpleNamespace(name="blocks.0.ffn.net.2", role="mlp"),
             SimpleNamespace(name="blocks.0.attn1.to_q", role="self_attention"),
@@ -94,6 +95,9 @@ class FakeBench:
     def sample(self, _: Sequence[Any]) -> torch.Tensor:
         videos = self.reference
         return videos + 0.05 * torch.randn(videos.shape, generator=torch.Generator().manual_seed(3))
+
+    def measure(self, videos: torch.Tensor, reference: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        return Bench.measure(cast(Bench, self), videos, reference)
 
     def keep(self, name: str, layers: Any, *_: Any) -> None:
         self.stored[name] = layers
@@ -488,3 +492,18 @@ def test_sampling_counts_forward_passes(tiny_pipeline: Any):
     assert seen == [(i, 4) for i in range(5)]
     assert torch.equal(videos, sample_trial(tiny_pipeline, trial, 2, no_progress))
     assert not tiny_pipeline.transformer._forward_pre_hooks
+
+
+def test_quantized_models_sample_in_bf16(tiny_pipeline: Any, rtn_layers: Any, monkeypatch: pytest.MonkeyPatch):
+    full, trial = tiny_pipeline.transformer, Trial.fresh(2, 1, 2, 2.5)
+    layers = rtn_layers(full, world.FRAMES, bits=8)
+    found = {}
+    for precision in ("fp32", "bf16"):
+        monkeypatch.setattr(sampling, "precision", lambda _, chosen=precision: chosen)
+        for name in ("full", "quantized"):
+            tiny_pipeline.transformer = full if name == "full" else sampling.quantized_transformer(full, layers)
+            found[precision, name] = sampling.sample(tiny_pipeline, trial, 2, "cpu", no_progress)
+    assert all(videos.dtype == torch.float32 and videos.isfinite().all() for videos in found.values())
+    for name in ("full", "quantized"):
+        assert not torch.equal(found["bf16", name], found["fp32", name])
+        assert measure.psnr(found["bf16", name], found["fp32", name]).min() > 35

@@ -30,7 +30,7 @@ INPUTS = (
     "frame_gain",
     "tokens_per_frame",
 )
-ATTRIBUTES = ("weight_bits", "act_bits", "act_symmetric")
+ATTRIBUTES = ("weight_bits", "act_bits", "act_symmetric", "rotation")
 Body = Literal["qdq", "integer"]
 
 
@@ -45,6 +45,8 @@ class Variant:
     inv_smooth: bool
     tqe: bool
     frame_gain: bool
+    group: int = 0  # G: features that share a weight scale; 0: all of a row
+    rotation: int = 0  # B
 
     @staticmethod
     def of(layer: LowBitLayer) -> Variant:
@@ -57,14 +59,17 @@ class Variant:
             inv_smooth=layer.inv_smooth is not None,
             tqe=layer.rank > 0,
             frame_gain=layer.frame_gain is not None and layer.rows is not FrameRows.NONE,
+            group=layer.group if layer.weight_scale.ndim == 2 else 0,
+            rotation=layer.rotation,
         )
 
     @property
     def overload(self) -> str:
         """The function overload's name, for example ``a8_symmetric_bias_tqe``."""
         parts = [f"a{self.act_bits}", "symmetric" if self.act_symmetric else "asymmetric"]
-        flags = ("weight_zero", "bias", "inv_smooth", "tqe", "frame_gain")
-        return "_".join(parts + [flag for flag in flags if getattr(self, flag)])
+        parts += [f for f in ("weight_zero", "bias", "inv_smooth", "tqe", "frame_gain") if getattr(self, f)]
+        parts += [f"{f}{getattr(self, f)}" for f in ("group", "rotation") if getattr(self, f)]
+        return "_".join(parts)
 
 
 def function(variant: Variant, body: Body) -> onnx.FunctionProto:
@@ -72,10 +77,10 @@ def function(variant: Variant, body: Body) -> onnx.FunctionProto:
     lines = [
         "x_float = Cast <to = 1> (x)",
         "x_rows = Flatten <axis = -1> (x_float)",  # [M, K]
-        f"x_smooth = {'Mul (x_rows, inv_smooth)' if variant.inv_smooth else 'Identity (x_rows)'}",
+        *_transform(variant),
         *_scale(variant),
         *(_quantize_symmetric(body) if variant.act_symmetric else _quantize_asymmetric(variant, body)),
-        *(_product_integer(variant) if body == "integer" else _product_qdq(variant)),
+        *_product(variant, body),
         *_epilogue(variant, body),
         "leading = Shape <start = 0, end = -1> (x)",
         "minus_one = Constant <value_ints = [-1]> ()",
@@ -90,6 +95,26 @@ def function(variant: Variant, body: Body) -> onnx.FunctionProto:
     proto = onnx.parser.parse_function(text)
     proto.overload = variant.overload
     return proto
+
+
+def _transform(variant: Variant) -> list[str]:
+    """x̃ [M, K], called x_smooth: the butterfly of the Walsh-Hadamard transform, stage by stage."""
+    smoothed = "Mul (x_rows, inv_smooth)" if variant.inv_smooth else "Identity (x_rows)"
+    if not variant.rotation:
+        return [f"x_smooth = {smoothed}"]
+    lines, before, half = [f"x_1 = {smoothed}"], "x_1", 1
+    while half < variant.rotation:
+        after = f"x_{2 * half}"
+        lines += [
+            f"shape_{half} = Constant <value_ints = [0, -1, 2, {half}]> ()",
+            f"pairs_{half} = Reshape ({before}, shape_{half})",
+            f"a_{half}, b_{half} = Split <axis = 2, num_outputs = 2> (pairs_{half})",
+            f"sum_{half} = Add (a_{half}, b_{half})",
+            f"difference_{half} = Sub (a_{half}, b_{half})",
+            f"{after} = Concat <axis = 2> (sum_{half}, difference_{half})",
+        ]
+        before, half = after, 2 * half
+    return [*lines, "rows_shape = Constant <value_ints = [0, -1]> ()", f"x_smooth = Reshape ({before}, rows_shape)"]
 
 
 def _scale(variant: Variant) -> list[str]:
@@ -175,6 +200,68 @@ def _quantize_asymmetric(variant: Variant, body: Body) -> list[str]:
     ]
 
 
+def _product(variant: Variant, body: Body) -> list[str]:
+    if body == "qdq":
+        return _product_qdq(variant)
+    return _product_grouped(variant) if variant.group else _product_integer(variant)
+
+
+def _product_grouped(variant: Variant) -> list[str]:
+    """acc [C, M, N] int32, exact, and product [M, N] = s_x · Σ_g scale[g] · acc[g].
+
+    acc = Σ x_q w - z_x Σ w - weight_zero Σ (x_q - z_x): MatMulInteger takes no zero point for a group, nor for a row.
+    """
+    lines = [
+        f"by_group = Constant <value_ints = [0, -1, {variant.group}]> ()",
+        "first_axis = Constant <value_ints = [0]> ()",
+        "second_axis = Constant <value_ints = [1]> ()",
+        "x_split = Reshape (x_q, by_group)",
+        "x_groups = Transpose <perm = [1, 0, 2]> (x_split)",  # [C, M, G]
+        "weight_int8 = Cast <to = 3> (weight_q)",
+        "weight_split = Reshape (weight_int8, by_group)",
+        "weight_groups = Transpose <perm = [1, 2, 0]> (weight_split)",  # [C, G, N], folded when the session loads
+    ]
+    if variant.act_symmetric:
+        lines += [
+            "gathered = MatMulInteger (x_groups, weight_groups, x_zero)",
+            "x_zeros_wide = Cast <to = 6> (x_zero)",
+        ]
+    else:
+        lines += [
+            "no_zero = Constant <value = uint8 {0}> ()",
+            "raw = MatMulInteger (x_groups, weight_groups, no_zero)",
+            "weight_wide = Cast <to = 6> (weight_groups)",
+            "column_sum = ReduceSum <keepdims = 1> (weight_wide, second_axis)",  # [C, 1, N], folded
+            "x_zeros_rows = Cast <to = 6> (x_zeros)",
+            "x_zeros_wide = Unsqueeze (x_zeros_rows, last_axis)",  # [M, 1]
+            "offset = Mul (x_zeros_wide, column_sum)",
+            "gathered = Sub (raw, offset)",
+        ]
+    if variant.weight_zero:
+        lines += [
+            "x_wide_groups = Cast <to = 6> (x_groups)",
+            "x_centred = Sub (x_wide_groups, x_zeros_wide)",
+            "row_sum = ReduceSum <keepdims = 1> (x_centred, last_axis)",  # [C, M, 1]
+            "zero_int8 = Cast <to = 3> (weight_zero)",
+            "zero_wide = Cast <to = 6> (zero_int8)",
+            "zero_columns = Transpose <perm = [1, 0]> (zero_wide)",
+            "zero_groups = Unsqueeze (zero_columns, second_axis)",  # [C, 1, N]
+            "zero_part = Mul (row_sum, zero_groups)",
+            "acc = Sub (gathered, zero_part)",
+        ]
+    else:
+        lines += ["acc = Identity (gathered)"]
+    return [
+        *lines,
+        "acc_float = Cast <to = 1> (acc)",
+        "scale_columns = Transpose <perm = [1, 0]> (weight_scale)",
+        "scale_groups = Unsqueeze (scale_columns, second_axis)",  # [C, 1, N]
+        "scaled = Mul (acc_float, scale_groups)",
+        "summed = ReduceSum <keepdims = 0> (scaled, first_axis)",
+        "product = Mul (summed, s_out)",
+    ]
+
+
 def _product_integer(variant: Variant) -> list[str]:
     """acc [M, N] int32, exact, and product = s_x · scale · acc."""
     lines = [
@@ -214,8 +301,9 @@ def _product_integer(variant: Variant) -> list[str]:
 
 def _product_qdq(variant: Variant) -> list[str]:
     zero = ", weight_zero" if variant.weight_zero else ""
-    weight = f"weight_dq = DequantizeLinear <axis = 0> (weight_q, weight_scale{zero})"
-    if not variant.act_symmetric:
+    by = f"axis = 1, block_size = {variant.group}" if variant.group else "axis = 0"
+    weight = f"weight_dq = DequantizeLinear <{by}> (weight_q, weight_scale{zero})"
+    if variant.group or not variant.act_symmetric:
         # A Gemm, because ONNX Runtime (1.31) replaces a MatMul of dequantized weights by one that rounds x once more.
         return [weight, "product = Gemm <transB = 1> (x_dq, weight_dq)"]
     return [

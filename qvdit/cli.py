@@ -149,7 +149,9 @@ def run(
     bundle: Bundle,
     out: Annotated[Path, typer.Option(help="The video to write: .webp (lossless), .gif, or .safetensors for latents.")],
     model: Model = "wan-shapes",
-    prompt: Annotated[str, typer.Option(help="What to sample.")] = ("a red circle moving right on a black background"),
+    prompt: Annotated[str, typer.Option(help="What to sample.")] = (
+        "a red circle moving right in front of a blue square circling clockwise on a grey background"
+    ),
     steps: Steps = 20,
     guidance: Guidance = 2.5,
     seed: Seed = 0,

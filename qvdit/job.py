@@ -132,15 +132,15 @@ class Job:
     def statistics(self, progress: Progress) -> None:
         """Statistics of every layer's input."""
         path = self.calibration_folder / "statistics.safetensors"
-        key = self.calibration_stages.result("calibrate")
+        data = self.calibration_stages.result("calibrate")
         # Partial sums of other data must not be taken up: they are kept under the data's key until they are whole.
-        partial = path.with_name(f"statistics-{key[:12]}.partial.safetensors")
+        partial = path.with_name(f"statistics-{data[:12]}.partial.safetensors")
 
         def collect() -> None:
             statistics.collect(self.pipeline.transformer, self.sites, self.data, partial, progress)
             partial.replace(path)
 
-        self.calibration_stages.run("statistics", key, lambda: [path], collect)
+        self.calibration_stages.run("statistics", [data, statistics.FORMAT], lambda: [path], collect)
 
     def quantize(self, progress: Progress) -> None:
         """Quantize, and refine by distillation where there is a budget."""

@@ -14,7 +14,7 @@ import onnx
 import onnx.helper
 
 from qvdit.contract import FrameRows, LowBitLayer, StaticInt8Layer
-from qvdit.contract.layer import Layer
+from qvdit.contract.layer import Layer, group_size, rotation_block
 from qvdit.export import graph
 from qvdit.export.functions import DOMAIN, DOMAIN_VERSION, NODE, OPSET
 from qvdit.method.calibration import Progress
@@ -73,7 +73,7 @@ def interleaved(calls: list[Callable[[], object]], repeats: int = _REPEATS) -> l
 
 
 def _linear_models(like: Layer, rng: np.random.Generator) -> tuple[onnx.ModelProto, onnx.ModelProto]:
-    """One linear in full precision and quantized like a given layer: same bits, zero points, TQE rank."""
+    """One linear in full precision and quantized like a given layer: same bits, zeros, groups, rotation, rank."""
     n, k = LINEAR
     weight, bias = rng.standard_normal((n, k), dtype=np.float32), rng.standard_normal(n, dtype=np.float32)
     value = onnx.helper.make_tensor_value_info
@@ -94,7 +94,10 @@ def _random_layer(like: Layer, rng: np.random.Generator, bias: np.ndarray) -> La
     n, k = LINEAR
     half = 1 << (like.weight_bits - 1)
     weight_q = rng.integers(1 - half, half, (n, k)).astype(np.int8)
-    scale = rng.random(n, dtype=np.float32) * 0.01 + 0.001
+    grouped: tuple[int, ...] = (n,)
+    if isinstance(like, LowBitLayer) and like.weight_scale.ndim == 2:
+        grouped = (n, k // group_size(k, like.group))
+    scale = rng.random(grouped, dtype=np.float32) * 0.01 + 0.001
     smooth = None if like.inv_smooth is None else rng.random(k, dtype=np.float32) + 0.5
     if isinstance(like, StaticInt8Layer):
         return StaticInt8Layer("linear", weight_q, scale, np.array(0.03, np.float32), bias, smooth)
@@ -107,10 +110,11 @@ def _random_layer(like: Layer, rng: np.random.Generator, bias: np.ndarray) -> La
         rows=FrameRows.SEQUENCE if frames else FrameRows.NONE,
         weight_q=weight_q,
         weight_scale=scale,
-        weight_zero=None if like.weight_zero is None else rng.integers(-half, half, n).astype(np.int8),
+        weight_zero=None if like.weight_zero is None else rng.integers(-half, half, grouped).astype(np.int8),
         bias=bias,
         inv_smooth=smooth,
         alpha=rng.standard_normal((k, like.rank), dtype=np.float32) if like.rank else None,
         beta=rng.standard_normal((like.rank, n), dtype=np.float32) if like.rank else None,
         frame_gain=np.ones(frames, np.float32) if frames else None,
+        rotation=rotation_block(k) if like.rotation else 0,
     )

@@ -20,7 +20,7 @@ from qvdit.contract.errors import QvditError
 from qvdit.contract.files import read_json, write_atomic, write_json
 from qvdit.contract.layer import FrameRows, Layer, LowBitLayer, StaticInt8Layer, arrays
 
-FORMAT = 1
+FORMAT = 2
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
@@ -77,6 +77,7 @@ def _describe(layer: Layer) -> dict[str, Any]:
             "act_bits": layer.act_bits,
             "act_symmetric": layer.act_symmetric,
             "rows": layer.rows.value,
+            "rotation": layer.rotation,
         }
     return described
 
@@ -96,5 +97,6 @@ def _restore(described: dict[str, Any], tensors: dict[str, np.ndarray]) -> Layer
         act_bits=described["act_bits"],
         act_symmetric=described["act_symmetric"],
         rows=FrameRows(described["rows"]),
+        rotation=described["rotation"],
         **held,
     )

@@ -1,6 +1,7 @@
 """Frozen layers: everything a runtime needs to execute one quantized linear.
 
-Symbols: K input features, N output features, R rank, T frames, M rows of an input flattened to [M, K].
+Symbols: K input features, N output features, R rank, T frames, G features of a group, C = K/G groups, B features of a
+rotation's block, M rows of an input flattened to [M, K].
 """
 
 from __future__ import annotations
@@ -19,6 +20,20 @@ ROW_PAD = 32  # a packed row is padded to a multiple of this many values
 def padded_size(shape: tuple[int, int]) -> int:
     """How many values a weight [N, K] takes when its rows are padded for packing."""
     return shape[0] * -(-shape[1] // ROW_PAD) * ROW_PAD
+
+
+def group_size(k: int, wanted: int) -> int:
+    """G for K input features: the largest divisor of K that is not above ``wanted``; K itself where that is 0.
+
+    The one place where a recipe's group meets a layer's K, so that groups are always whole.
+    """
+    return next(g for g in range(min(wanted, k) or k, 0, -1) if k % g == 0)
+
+
+def rotation_block(k: int) -> int:
+    """B for K input features: the largest power of two that divides K; 0, none, where K is odd."""
+    block = k & -k
+    return block if block > 1 else 0
 
 
 class FrameRows(str, Enum):
@@ -40,7 +55,12 @@ class FrameRows(str, Enum):
 class LowBitLayer:
     """One ``LowBitLinear``: low-bit weights, activations quantized per token at run time, TQE.
 
-    y = s_x · scale · Σ (x_q - z_x)(weight_q - weight_zero) + gain[frame] · (s_x Σ (x_q - z_x) alpha) · beta + bias
+    x̃ = FWHT(x · inv_smooth), from which x_q, s_x and z_x are made,
+    y = s_x · Σ_g scale[g] · Σ_{k in g} (x_q - z_x)(weight_q - weight_zero[g])
+        + gain[frame] · (s_x Σ (x_q - z_x) alpha) · beta + bias
+
+    Weights have one scale and zero an output feature, [N], or one for every group of G input features, [N, C].
+    Arrays that do not fit each other, or K, raise ValueError.
     """
 
     kind: ClassVar[str] = "low_bit"
@@ -51,13 +71,30 @@ class LowBitLayer:
     act_symmetric: bool
     rows: FrameRows
     weight_q: np.ndarray  # int8 [N, K], in -2^(b-1) … 2^(b-1) - 1
-    weight_scale: np.ndarray  # float32 [N]
-    weight_zero: np.ndarray | None = None  # int8 [N]
+    weight_scale: np.ndarray  # float32 [N] or [N, C]
+    weight_zero: np.ndarray | None = None  # int8, of the scale's shape
     bias: np.ndarray | None = None  # float32 [N]
-    inv_smooth: np.ndarray | None = None  # float32 [K]
+    inv_smooth: np.ndarray | None = None  # float32 [K]; negative where a rotation's random sign is
     alpha: np.ndarray | None = None  # float32 [K, R]
     beta: np.ndarray | None = None  # float32 [R, N]
     frame_gain: np.ndarray | None = None  # float32 [T]
+    rotation: int = 0  # B of the Walsh-Hadamard transform that x · inv_smooth goes through; 0: none
+
+    def __post_init__(self) -> None:
+        n, k = self.shape
+        shape = self.weight_scale.shape
+        if shape != (n,) and not (len(shape) == 2 and shape[0] == n and shape[1] > 1 and k % shape[1] == 0):
+            raise ValueError(f"{self.name}: scales of shape {shape} for weights of shape {(n, k)}")
+        if self.weight_zero is not None and self.weight_zero.shape != shape:
+            raise ValueError(f"{self.name}: zeros of shape {self.weight_zero.shape} beside scales of shape {shape}")
+        block = self.rotation
+        if block and (block < 2 or block & (block - 1) or k % block):
+            raise ValueError(f"{self.name}: a rotation of {block} features, no power of two that divides {k}")
+
+    @property
+    def group(self) -> int:
+        """G: input features that share a scale; K where a whole row does."""
+        return self.shape[1] if self.weight_scale.ndim == 1 else self.shape[1] // self.weight_scale.shape[1]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -71,7 +108,7 @@ class LowBitLayer:
 
     def stored_bits(self) -> int:
         """Bits of everything stored for the layer, padding included, bias aside."""
-        zero = 0 if self.weight_zero is None else 8 * self.shape[0]
+        zero = 0 if self.weight_zero is None else 8 * self.weight_zero.size
         others = (self.weight_scale, self.inv_smooth, self.alpha, self.beta, self.frame_gain)
         return padded_size(self.shape) * self.weight_bits + zero + sum(32 * a.size for a in others if a is not None)
 

@@ -1,8 +1,9 @@
 """The canonical packing of low-bit weights: portable, one rule for 2, 3, 4, 6 and 8 bits.
 
-A row of K values is padded to K_pad, the next multiple of 32, with its zero point (padding contributes nothing).
-The stored code is u = q + 2^(b-1). Value i of a row takes bits b·i … b·i + b - 1 of the row's little-endian bit
-string; a row is therefore b·K_pad / 32 words of 32 bits, and a 3-bit layer really takes 3 bits.
+A row of K values is padded to K_pad, the next multiple of 32, with its zero point, its last group's where it has
+several (padding contributes nothing). The stored code is u = q + 2^(b-1). Value i of a row takes bits
+b·i … b·i + b - 1 of the row's little-endian bit string; a row is therefore b·K_pad / 32 words of 32 bits, and a 3-bit
+layer really takes 3 bits.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ def packed_words(k: int, bits: int) -> int:
 
 
 def pack(weight_q: np.ndarray, bits: int, zero: np.ndarray | None = None) -> np.ndarray:
-    """int8 [N, K] in -2^(b-1) … 2^(b-1) - 1, int8 [N] or None → uint32 [N, b·K_pad/32]."""
+    """int8 [N, K] in -2^(b-1) … 2^(b-1) - 1, int8 [N], [N, C] or None → uint32 [N, b·K_pad/32]."""
     n, k = weight_q.shape
     half = 1 << (bits - 1)
     if weight_q.size and (weight_q.min() < -half or weight_q.max() >= half):
         raise ValueError(f"weights span {weight_q.min()} … {weight_q.max()}, {bits} bits hold {-half} … {half - 1}")
     if zero is not None and zero.size and (zero.min() < -half or zero.max() >= half):
         raise ValueError(f"zero points span {zero.min()} … {zero.max()}, {bits} bits hold {-half} … {half - 1}")
-    padding = np.zeros(n, np.int8) if zero is None else zero.astype(np.int8)
-    padding = np.repeat(padding[:, None], -k % ROW_PAD, axis=1)
+    padding = np.zeros((n, 1), np.int8) if zero is None else zero.reshape(n, -1)[:, -1:].astype(np.int8)
+    padding = np.repeat(padding, -k % ROW_PAD, axis=1)
     codes = (np.concatenate([weight_q, padding], axis=1).astype(np.int16) + half).astype(np.uint8)
     words = np.empty((n, packed_words(k, bits)), np.uint32)
     for start in range(0, n, _ROWS_AT_ONCE):

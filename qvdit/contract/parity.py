@@ -23,7 +23,8 @@ class LayerOutputs:
     """What one layer computed. M rows, flattened."""
 
     x_q: np.ndarray  # int32 [M, K], as the operator defines it: signed if symmetric, unsigned if not
-    acc: np.ndarray | None  # int64 [M, N]; None for static layers, whose runtime kernels do not show it
+    # int64 [M, N], or [C, M, N] for C groups of input features; None for static layers, whose kernels do not show it
+    acc: np.ndarray | None
     y: np.ndarray  # float32 [..., N]
 
 

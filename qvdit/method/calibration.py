@@ -63,13 +63,17 @@ class CalibrationData:
 
     shards: tuple[Path, ...]
 
-    def batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        """All records shard by shard, a batch for each recorded step; every step weighs the same."""
+    def by_step(self) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+        """All records shard by shard, a batch for each recorded step, with the step's index in the trajectory."""
         for shard in self.shards:
             tensors = load_file(shard)
             step = tensors.pop("step")
             for value in step.unique():
-                yield {name: tensor[step == value] for name, tensor in tensors.items()}
+                yield int(value), {name: tensor[step == value] for name, tensor in tensors.items()}
+
+    def batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        """All records shard by shard, a batch for each recorded step; every step weighs the same."""
+        return (batch for _, batch in self.by_step())
 
     def groups(self) -> list[dict[str, torch.Tensor]]:
         """All records on the CPU, those of equal shapes in one batch: prompts may differ in length."""

@@ -3,7 +3,8 @@
     L = MSE(student, teacher) + λ · KL( softmax(G_teacher) ‖ softmax(G_student) ),   G = F Fᵀ
 
 F: [B, T, D], one L2-normalised feature a frame; G: [B, T, T]. Source: Q-VDiT (arXiv 2505.22167). Its authors' code
-reshapes [B, C, T, H, W] to [B, T, -1] without a permutation, so that a "frame" is half of a channel; here it is one.
+reshapes [B, C, T, H, W] to [B, T, -1] without a permutation, so that a "frame" is half of a channel; here it is one
+unless the recipe asks for theirs.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 
 from qvdit.contract import QvditError
 from qvdit.method.calibration import Progress, no_progress
-from qvdit.method.recipe import DistillationBlock
+from qvdit.method.recipe import DistillationBlock, Relation
 from qvdit.method.training import TrainableLinear
 from qvdit.models import ModelAdapter
 
@@ -32,6 +33,13 @@ def relation_loss(student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
     """KL(teacher ‖ student) of the frame relations, mean over batch and frames. Both [B, T, D]."""
     target = frame_relations(teacher)
     return (target.exp() * (target - frame_relations(student))).sum(-1).mean()
+
+
+def related_features(output: torch.Tensor, relation: Relation, adapter: ModelAdapter, frames: int) -> torch.Tensor:
+    """What is related of a model's output [B, C, T·p, H, W]: [B, T, D], by the adapter or as the authors reshape it."""
+    if relation == "authors":
+        return output.reshape(len(output), frames, -1)
+    return adapter.output_frames(output, frames)
 
 
 def _parameter_groups(layers: Iterable[TrainableLinear], block: DistillationBlock) -> list[dict[str, object]]:
@@ -80,7 +88,7 @@ def distil(
             count = len(records["hidden_states"])
             chosen = torch.randint(count, (min(block.batch, count),), generator=generator)
             batch = {name: tensor[chosen].to(device) for name, tensor in records.items()}
-            loss = _loss(student, teacher, adapter, config, batch, block.relation_weight)
+            loss = _loss(student, teacher, adapter, config, batch, block)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
@@ -109,18 +117,18 @@ def _loss(
     adapter: ModelAdapter,
     config: dict[str, Any],
     batch: dict[str, torch.Tensor],
-    relation_weight: float,
+    block: DistillationBlock,
 ) -> torch.Tensor:
     """TMD's loss of one batch, a scalar."""
     with torch.no_grad():
         target = teacher(**batch, return_dict=False)[0]
     output = student(**batch, return_dict=False)[0]
     loss = torch.nn.functional.mse_loss(output, target)
-    if not relation_weight:
+    if not block.relation_weight:
         return loss
     frames = adapter.frames(config, batch)
-    relations = relation_loss(adapter.output_frames(output, frames), adapter.output_frames(target, frames))
-    return loss + relation_weight * relations
+    related = [related_features(x, block.relation, adapter, frames) for x in (output, target)]
+    return loss + block.relation_weight * relation_loss(*related)
 
 
 @contextmanager

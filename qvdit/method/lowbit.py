@@ -9,6 +9,7 @@ import torch
 from qvdit.contract import LowBitLayer, StaticInt8Layer
 from qvdit.contract.layer import Layer, arrays
 from qvdit.method import operator
+from qvdit.method.weights import per_feature
 
 
 class FrozenLinear(torch.nn.Module):
@@ -49,15 +50,17 @@ class LowBitLinear(FrozenLinear):
         """weight_q - weight_zero as float32, [N, K]."""
         zero = self.optional("weight_zero")
         weight = self.weight_q.float()
-        return weight if zero is None else weight - zero.float()[:, None]
+        return weight if zero is None else weight - per_feature(zero.float(), self.in_features)
 
     def quantize(self, x: torch.Tensor) -> operator.QuantizedRows:
         """x_q, s_x and z_x of an input."""
-        return operator.quantize_rows(x, self.low_bit.act_bits, self.low_bit.act_symmetric, self.optional("inv_smooth"))
+        transformed = operator.transform(x, self.optional("inv_smooth"), self.low_bit.rotation)
+        return operator.quantize_rows(transformed, self.low_bit.act_bits, self.low_bit.act_symmetric)
 
     def accumulate(self, rows: operator.QuantizedRows) -> torch.Tensor:
-        """The exact integers Σ (x_q - z_x)(weight_q - weight_zero)."""
-        return operator.accumulate(rows, self.centred_weight(), 1 << self.low_bit.weight_bits)
+        """The exact integers Σ (x_q - z_x)(weight_q - weight_zero): [..., N], or [C, ..., N] for C groups."""
+        groups = self.in_features // self.low_bit.group
+        return operator.accumulate(rows, self.centred_weight(), 1 << self.low_bit.weight_bits, groups)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = self.quantize(x)

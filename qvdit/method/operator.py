@@ -1,14 +1,18 @@
 """The reference definition of ``LowBitLinear``, in eager PyTorch. Every runtime is compared with it.
 
-    1  x̃   = x · inv_smooth                                                 float32
+    1  x̃   = FWHT_B(x · inv_smooth)                                         float32
     2  s_x = max(max|x̃| / qmax, 1e-8),  x_q = clamp(round(x̃ / s_x), -qmax, qmax),  z_x = 0          symmetric
        lo = min(min x̃, 0), hi = max(max x̃, 0),  s_x = max((hi - lo) / (2^a - 1), 1e-8),             asymmetric
        z_x = round(-lo / s_x),  x_q = clamp(round(x̃ / s_x) + z_x, 0, 2^a - 1)
-    3  acc = Σ_k (x_q - z_x)(weight_q - weight_zero)                        exact integer
-    4  y   = s_x · scale · acc + gain[frame] · (s_x Σ_k (x_q - z_x) alpha) · beta + bias    float32, then cast
+    3  acc[g] = Σ_{k in g} (x_q - z_x)(weight_q - weight_zero[g])           exact integer, one a group of features
+    4  y   = s_x · Σ_g scale[g] · acc[g] + gain[frame] · (s_x Σ_k (x_q - z_x) alpha) · beta + bias    float32, then cast
 
-Rounding is half to even. Steps 2 and 3 are the same integers everywhere; step 4 may differ by float32 rounding.
-A NaN or Inf anywhere in a row makes the whole row's output NaN.
+Rounding is half to even. Steps 1, 2 and 3 give the same numbers everywhere; step 4 may differ by float32 rounding.
+A NaN or Inf anywhere in a row of x̃ makes the whole row's output NaN.
+
+FWHT_B is the unnormalised Walsh-Hadamard transform of every block of B features, absent where B = 0. It is a butterfly
+of float32 additions in one fixed order, so that every runtime computes the same bits: for h = 1, 2, 4 … B/2, each pair
+(a, b) of features h apart, a's index having no bit h, becomes (a + b, a - b). The weights carry its inverse, H_B / B.
 """
 
 from __future__ import annotations
@@ -40,11 +44,27 @@ def act_qmax(bits: int) -> int:
     return (1 << (bits - 1)) - 1
 
 
-def quantize_rows(x: torch.Tensor, bits: int, symmetric: bool, inv_smooth: torch.Tensor | None = None) -> QuantizedRows:
-    """Steps 1 and 2: per-token dynamic quantization of x, [..., K] of any float type."""
+def walsh_hadamard(x: torch.Tensor, block: int) -> torch.Tensor:
+    """H_B applied to every block of B = ``block`` features of x [..., K]; unnormalised, symmetric, H_B H_B = B · I.
+
+    Source: QuaRot (arXiv 2404.00456), whose transform is this one over √B. A block of 0 or 1 changes nothing.
+    """
+    shape, half = x.shape, 1
+    while half < block:
+        a, b = x.reshape(*shape[:-1], -1, 2, half).unbind(-2)
+        x = torch.stack((a + b, a - b), -2)
+        half *= 2
+    return x.reshape(shape)
+
+
+def transform(x: torch.Tensor, inv_smooth: torch.Tensor | None = None, rotation: int = 0) -> torch.Tensor:
+    """Step 1: x̃ of an input x [..., K] of any float type."""
     x = x.float()
-    if inv_smooth is not None:
-        x = x * inv_smooth
+    return walsh_hadamard(x if inv_smooth is None else x * inv_smooth, rotation)
+
+
+def quantize_rows(x: torch.Tensor, bits: int, symmetric: bool) -> QuantizedRows:
+    """Step 2: per-token dynamic quantization of x̃, float32 [..., K]."""
     # Tensors, not Python scalars: CUDA turns division by a scalar into multiplication by its reciprocal.
     if symmetric:
         qmax = x.new_tensor(act_qmax(bits))
@@ -63,8 +83,8 @@ def quantize_rows(x: torch.Tensor, bits: int, symmetric: bool, inv_smooth: torch
     return QuantizedRows(x_q, torch.where(bad, torch.nan, scale), zero)
 
 
-def accumulate(rows: QuantizedRows, weight: torch.Tensor, weight_peak: int) -> torch.Tensor:
-    """Step 3 exactly, as float64 or float32 holding integers, [..., N].
+def accumulate(rows: QuantizedRows, weight: torch.Tensor, weight_peak: int, groups: int = 1) -> torch.Tensor:
+    """Step 3 exactly, as float64 or float32 holding integers: [..., N], or [C, ..., N] for C = ``groups`` above 1.
 
     weight: float32 holding the integers weight_q - weight_zero, [N, K]; weight_peak bounds their magnitude.
     Floating point is exact while every partial sum stays below 2^24 (float32) or 2^53 (float64), and unlike
@@ -72,9 +92,13 @@ def accumulate(rows: QuantizedRows, weight: torch.Tensor, weight_peak: int) -> t
     """
     x = rows.centred()
     peak = 255 if rows.zero is not None else 127
-    if x.shape[-1] * peak * weight_peak < 1 << 24:
+    if x.shape[-1] // groups * peak * weight_peak >= 1 << 24:
+        x, weight = x.double(), weight.double()
+    if groups == 1:
         return x @ weight.T
-    return x.double() @ weight.double().T
+    by_group = x.reshape(-1, groups, x.shape[-1] // groups).transpose(0, 1)  # [C, M, G]
+    acc = by_group @ weight.reshape(len(weight), groups, -1).permute(1, 2, 0)
+    return acc.reshape(groups, *x.shape[:-1], -1)
 
 
 def rank_term(
@@ -108,8 +132,14 @@ def finish(
     bias: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Step 4: scales, TQE's term and the bias, in float32, then the cast."""
-    y = rows.scale * (acc.float() * weight_scale)
+    """Step 4: scales, TQE's term and the bias, in float32, then the cast.
+
+    acc and weight_scale: [..., N] and [N], or [C, ..., N] and [N, C].
+    """
+    if weight_scale.ndim == 1:
+        y = rows.scale * (acc.float() * weight_scale)
+    else:
+        y = rows.scale * torch.einsum("c...n,nc->...n", acc.float(), weight_scale)
     if term is not None:
         y = y + term
     if bias is not None:

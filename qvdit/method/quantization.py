@@ -9,17 +9,18 @@ from typing import Any
 import torch
 
 from qvdit.contract import Bits, FrameRows, QvditError
-from qvdit.contract.layer import Layer
-from qvdit.method import tqe, weights
+from qvdit.contract.layer import Layer, rotation_block
+from qvdit.method import operator, tqe, weights
 from qvdit.method.calibration import CalibrationData, Progress, no_progress
 from qvdit.method.distillation import distil
 from qvdit.method.lowbit import replace_linears
-from qvdit.method.recipe import Recipe
-from qvdit.method.smoothing import smoothing_scale
-from qvdit.method.statistics import Statistics
+from qvdit.method.recipe import GainStart, Recipe
+from qvdit.method.smoothing import salience, smoothing_scale, weight_salience
+from qvdit.method.statistics import InputStatistics, Statistics
 from qvdit.method.training import TrainableLinear
 from qvdit.models import TEMPORAL_ROLES, ModelAdapter, Site
 
+_GAIN_STARTS: dict[GainStart, float] = {"one": 1.0, "authors": 2.0}
 _GAIN_BATCHES = 8  # recorded steps that the frame gains are fitted on, spread over the calibration data
 
 
@@ -57,12 +58,12 @@ def quantize(
         )
     total = len(sites) + job.distillation_steps
     frames = adapter.frames(dict(transformer.config), next(data.batches()))
-    scales = _smoothing(transformer, sites, statistics, job)
+    smoothing = _smoothing(transformer, sites, statistics, job)
     generator = torch.Generator().manual_seed(job.seed)
     layers = []
     for index, site in enumerate(sites):
         progress(index, total)
-        layers.append(_start(transformer, site, statistics, scales.get(site.name), job, frames, generator))
+        layers.append(_start(transformer, site, statistics, smoothing.get(site.name), job, frames, generator))
     modules = {layer.name: layer for layer in layers}
     gained = [layer for layer in layers if layer.gain is not None]
     if gained and job.recipe.tqe.start == "closed_form":
@@ -82,6 +83,28 @@ def check_bits(recipe: Recipe, bits: Bits) -> None:
 def _smoothing(
     transformer: Any, sites: list[Site], statistics: Statistics, job: QuantizationJob
 ) -> dict[str, torch.Tensor]:
+    """What every site's input is divided by, [K], by name: the smoothing scale, with a rotation's random signs.
+
+    Empty where the recipe neither smooths nor rotates.
+    """
+    scales = _smoothing_scales(transformer, sites, statistics, job)
+    if job.recipe.rotation == "none":
+        return scales
+    generator = torch.Generator().manual_seed(job.seed)
+    signs: dict[str, torch.Tensor] = {}  # by input: one rotated x serves all the linears that read it
+    signed = {}
+    for site in sites:
+        weight = transformer.get_submodule(site.name).weight
+        if site.shared_input not in signs:
+            drawn = torch.randint(2, (weight.shape[1],), generator=generator) * 2.0 - 1
+            signs[site.shared_input] = drawn.to(weight.device)
+        signed[site.name] = signs[site.shared_input] * scales.get(site.name, 1.0)
+    return signed
+
+
+def _smoothing_scales(
+    transformer: Any, sites: list[Site], statistics: Statistics, job: QuantizationJob
+) -> dict[str, torch.Tensor]:
     """The smoothing scale s [K] of every site, by name; empty where smoothing is off."""
     strength = job.recipe.smoothing_strength(job.bits)
     if strength == 0:
@@ -91,11 +114,36 @@ def _smoothing(
         groups.setdefault(site.shared_input if job.recipe.smoothing.shared else site.name, []).append(site)
     scales = {}
     for members in groups.values():
-        matrices = [transformer.get_submodule(site.name).weight.detach().float() for site in members]
-        abs_max = statistics.of(members[0]).abs_max.to(matrices[0].device)
-        scale = smoothing_scale(abs_max, matrices, strength)
+        peak = weight_salience([transformer.get_submodule(site.name).weight.detach().float() for site in members])
+        by_step = statistics.of(members[0]).abs_max_by_step.to(peak.device)
+        scale = smoothing_scale(salience(job.recipe.smoothing.statistic, by_step, peak), peak, strength)
         scales.update({site.name: scale for site in members})
     return scales
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A linear and its input's statistics after smoothing and rotation, before rounding."""
+
+    weight: torch.Tensor  # float32 [N, K]
+    mean: torch.Tensor  # float32 [K]: E[x̃]
+    second_moment: torch.Tensor  # float32 [K, K]: E[x̃ x̃ᵀ]
+
+    @staticmethod
+    def of(weight: torch.Tensor, statistics: InputStatistics, smooth: torch.Tensor | None, rotation: int) -> Prepared:
+        """W (x) = W' x̃ with x̃ = H (x / s) and W' = (W s) H / B, H H being B · I."""
+        mean, moment = statistics.mean.to(weight.device), statistics.second_moment.to(weight.device)
+        if smooth is not None:
+            weight, mean, moment = weight * smooth, mean / smooth, moment / smooth[:, None] / smooth
+        if rotation:
+            weight = operator.walsh_hadamard(weight, rotation) / rotation
+            mean = operator.walsh_hadamard(mean, rotation)
+            moment = operator.walsh_hadamard(operator.walsh_hadamard(moment, rotation).T, rotation)
+        return Prepared(weight, mean, moment)
+
+    def covariance(self) -> torch.Tensor:
+        """E[x̃ x̃ᵀ] - E[x̃] E[x̃]ᵀ, [K, K]: what is left to correct where the bias carries the mean."""
+        return self.second_moment - torch.outer(self.mean, self.mean)
 
 
 def _start(
@@ -110,25 +158,29 @@ def _start(
     """Round one linear and give it its closed-form correction."""
     recipe = job.recipe
     linear = transformer.get_submodule(site.name)
-    weight = linear.weight.detach().float()
     bias = None if linear.bias is None else linear.bias.detach().float()
-    stats = statistics.of(site)
-    mean, moment = stats.mean.to(weight.device), stats.second_moment.to(weight.device)
-    if smooth is not None:
-        weight, mean, moment = weight * smooth, mean / smooth, moment / smooth[:, None] / smooth
+    rotation = rotation_block(linear.weight.shape[1]) if recipe.rotation == "hadamard" else 0
+    prepared = Prepared.of(linear.weight.detach().float(), statistics.of(site), smooth, rotation)
+    rank = min(recipe.tqe.rank, *prepared.weight.shape)
+    alpha, beta = None, None
+    weight = prepared.weight
+    if rank and recipe.tqe.start == "svd":
+        alpha, beta = tqe.best_approximation(weight, rank)
+        weight = weight - (alpha @ beta).T
     bits = recipe.weight_bits(site.name, job.bits.weight)
-    importance = moment.diagonal() if recipe.weights.clip_by == "output" else None
-    grid = weights.search_grid(weight, bits, bits >= recipe.weights.symmetric_from, importance)
-    latent = weight
-    if recipe.weights.rounding == "second_order":
-        latent = near_integers(weight, weights.round_second_order(weight, grid, moment), grid)
+    latent, grid = _round(weight, bits, prepared, recipe)
     error = weight - grid.dequantize(grid.quantize(latent))
-    alpha, beta = _rank_term(error, mean, moment, recipe, generator)
+    if rank and recipe.tqe.start == "zeros":
+        alpha, beta = _zero_term(rank, error, generator)
+    elif rank and recipe.tqe.start == "closed_form":
+        alpha, beta = tqe.best_correction(error, _moment(prepared, recipe), rank)
+        error = error - (alpha @ beta).T
     if recipe.weights.bias_correction:
         # What the rank term leaves of the mean error; it is constant, so the bias can carry it.
-        left = error if alpha is None or beta is None or recipe.tqe.start == "zeros" else error - (alpha @ beta).T
-        bias = left @ mean if bias is None else bias + left @ mean
-    gain = torch.ones(frames, device=weight.device) if alpha is not None and _has_gain(site, recipe) else None
+        bias = error @ prepared.mean if bias is None else bias + error @ prepared.mean
+    gain = None
+    if alpha is not None and _has_gain(site, recipe):
+        gain = torch.full((frames,), _GAIN_STARTS[recipe.tqe.gain_start], device=weight.device)
     return TrainableLinear(
         site.name,
         latent,
@@ -141,29 +193,40 @@ def _start(
         alpha,
         beta,
         gain,
+        rotation,
     )
+
+
+def _moment(prepared: Prepared, recipe: Recipe) -> torch.Tensor:
+    """The moment that errors are weighed by: the mean is the bias' business where the recipe corrects it."""
+    return prepared.covariance() if recipe.weights.bias_correction else prepared.second_moment
+
+
+def _round(
+    weight: torch.Tensor, bits: int, prepared: Prepared, recipe: Recipe
+) -> tuple[torch.Tensor, weights.WeightGrid]:
+    """The grid of a weight [N, K], and the weight whose nearest rounding on it gives the integers to start from."""
+    block = recipe.weights
+    moment = _moment(prepared, recipe)
+    importance = moment.diagonal() if block.clip_by == "output" else None
+    grid = weights.search_grid(weight, bits, bits >= block.symmetric_from, importance, block.group, block.clip_grid)
+    if block.rounding == "nearest":
+        return weight, grid
+    return near_integers(weight, weights.round_second_order(weight, grid, moment), grid), grid
 
 
 def near_integers(weight: torch.Tensor, weight_q: torch.Tensor, grid: weights.WeightGrid) -> torch.Tensor:
     """The weight nearest to W whose nearest rounding gives ``weight_q``: training starts at those integers, [N, K]."""
     centre = grid.dequantize(weight_q)
-    reach = 0.4 * grid.scale[:, None]
+    reach = 0.4 * weights.per_feature(grid.scale, weight.shape[1])
     return centre + (weight - centre).clamp(-reach, reach)
 
 
-def _rank_term(
-    error: torch.Tensor, mean: torch.Tensor, moment: torch.Tensor, recipe: Recipe, generator: torch.Generator
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    rank = min(recipe.tqe.rank, *error.shape)
-    if rank == 0:
-        return None, None
-    if recipe.tqe.start == "zeros":
-        bound = error.shape[1] ** -0.5
-        alpha = (torch.rand(error.shape[1], rank, generator=generator) * 2 - 1) * bound
-        return alpha.to(error.device), torch.zeros(rank, error.shape[0], device=error.device)
-    if recipe.weights.bias_correction:  # the mean is the bias' business, only the spread is left to correct
-        moment = moment - torch.outer(mean, mean)
-    return tqe.best_correction(error, moment, rank)
+def _zero_term(rank: int, error: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """alpha [K, R] by kaiming_uniform with a = √5 and beta [R, N] zero, as Q-VDiT's code starts its term."""
+    n, k = error.shape
+    alpha = (torch.rand(k, rank, generator=generator) * 2 - 1) * k**-0.5
+    return alpha.to(error.device), torch.zeros(rank, n, device=error.device)
 
 
 def _has_gain(site: Site, recipe: Recipe) -> bool:
@@ -180,11 +243,11 @@ def _fit_gains(transformer: Any, layers: list[TrainableLinear], data: Calibratio
     def gather(layer: TrainableLinear, x: torch.Tensor) -> None:
         assert layer.alpha is not None
         assert layer.beta is not None
-        scaled = x.float() if layer.inv_smooth is None else x.float() * layer.inv_smooth
+        transformed = layer.transformed_input(x)
         linear = transformer.get_submodule(layer.name)
         exact = torch.nn.functional.linear(x.float(), linear.weight.float(), linear.bias)
-        rounded = torch.nn.functional.linear(scaled, layer.quantized_weight(), layer.bias)
-        fits[layer.name].add(exact - rounded, scaled @ layer.alpha @ layer.beta)
+        rounded = torch.nn.functional.linear(transformed, layer.quantized_weight(), layer.bias)
+        fits[layer.name].add(exact - rounded, transformed @ layer.alpha @ layer.beta)
 
     handles = [
         transformer.get_submodule(layer.name).register_forward_pre_hook(

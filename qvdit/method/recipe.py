@@ -18,6 +18,18 @@ from qvdit.contract import WEIGHT_BITS, Bits, QvditError
 MAX_RANK = 64  # of TQE's run-time term: more costs more than it corrects
 FOLDER = Path(__file__).parent.parent / "recipes"
 
+ClipGrid = Literal["clean", "authors"]
+"""Ratios that the clip search tries: 0.02 … 1.0, or those of Q-VDiT's code, {0, 0.02 … 0.98}, its division included."""
+
+StepStatistic = Literal["mean", "spearman", "ema"]
+"""How the time steps' salience becomes one: all alike, by PTQ4DiT's ρ, or the moving average of Q-VDiT's code."""
+
+Relation = Literal["frames", "authors"]
+"""What the distillation relates: frames, or what the code of Q-VDiT reshapes to, halves of channels."""
+
+GainStart = Literal["one", "authors"]
+"""Where frame gains start: at 1, or as in Q-VDiT's code, whose gain is 1 + m with m = 1 at first."""
+
 
 @dataclass(frozen=True)
 class WeightsBlock:
@@ -25,6 +37,8 @@ class WeightsBlock:
 
     symmetric_from: int = 9  # bits from which the grid is symmetric; 9: never, 2: always
     clip_by: Literal["weight", "output"] = "weight"  # what the clip search keeps: the weight, or the layer's output
+    clip_grid: ClipGrid = "clean"
+    group: int = 0  # input features that share a scale, as near to it as K allows; 0: all of a row
     rounding: Literal["nearest", "second_order"] = "nearest"
     bias_correction: bool = False  # the mean of the output error goes into the bias
 
@@ -40,6 +54,7 @@ class ActivationsBlock:
 class SmoothingBlock:
     """SmoothQuant's scale s = a^p / wmax^(1-p), p by bits; 0 is off."""
 
+    statistic: StepStatistic = "mean"  # a: the activations' salience over the time steps
     strength: float = 0.0
     by_bits: dict[str, float] = field(default_factory=dict)  # overrides strength, e.g. {w6a6: 0.5}
     shared: bool = True  # one scale for all the linears that read the same tensor
@@ -50,8 +65,11 @@ class TqeBlock:
     """The run-time rank-R term and the training-time term inside the quantizer."""
 
     rank: int = 0  # R at run time; 0: no term
-    start: Literal["closed_form", "zeros"] = "closed_form"
+    # closed_form corrects the rounding error; zeros leaves the term to training; svd takes the term out of the weight
+    # before what is left of it is rounded
+    start: Literal["closed_form", "zeros", "svd"] = "closed_form"
     frame_gain: Literal["video", "temporal", "none"] = "none"  # which layers get a gain by frame
+    gain_start: GainStart = "one"
     inner_rank: int = 32  # of the term that is folded into the integers while distilling
 
 
@@ -62,6 +80,7 @@ class DistillationBlock:
     steps: dict[str, int] = field(default_factory=dict)  # budget by device; empty: the method does not train
     batch: int = 32
     relation_weight: float = 100.0  # λ of the frame relations; 0: MSE alone
+    relation: Relation = "frames"
     learning_rate: float = 5e-4  # of the low-rank terms and the gains
     scale_learning_rate: float = 1e-3  # of the logarithm of the weight scales
     quantize_activations: bool = True  # what is deployed is what is trained
@@ -77,6 +96,7 @@ class Recipe:
     weights: WeightsBlock = field(default_factory=WeightsBlock)
     activations: ActivationsBlock = field(default_factory=ActivationsBlock)
     smoothing: SmoothingBlock = field(default_factory=SmoothingBlock)
+    rotation: Literal["none", "hadamard"] = "none"  # of every layer's input features, with random signs from the seed
     tqe: TqeBlock = field(default_factory=TqeBlock)
     distillation: DistillationBlock = field(default_factory=DistillationBlock)
     layer_bits: dict[str, int] = field(
@@ -138,6 +158,7 @@ def _check_ranges(recipe: Recipe, where: str) -> None:
     numbers |= {"distillation.batch": (distillation.batch, 1, 1 << 20)}
     numbers |= {f"distillation.steps.{name}": (steps, 0, 1 << 30) for name, steps in distillation.steps.items()}
     numbers |= {"weights.symmetric_from": (recipe.weights.symmetric_from, 2, 9)}
+    numbers |= {"weights.group": (recipe.weights.group, 0, 1 << 20)}
     strengths = {"smoothing.strength": recipe.smoothing.strength, **recipe.smoothing.by_bits}
     numbers |= {name: (value, 0, 1) for name, value in strengths.items()}
     numbers |= {"distillation.relation_weight": (distillation.relation_weight, 0, 1e6)}

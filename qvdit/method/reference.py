@@ -47,7 +47,7 @@ def layer_reference(module: FrozenLinear, x: torch.Tensor) -> LayerReference:
     y = module.forward(x)
     if isinstance(module, LowBitLinear):
         rows = module.quantize(x)
-        x_q, acc = rows.x_q, module.accumulate(rows).cpu().numpy().astype(np.int64).reshape(-1, module.out_features)
+        x_q, acc = rows.x_q, _flat_rows(module, module.accumulate(rows))
         gain = module.low_bit.frame_gain
         frames = 1 if gain is None else len(gain)
         per_frame = module.low_bit.rows.tokens_per_frame(x.shape[-2], frames)
@@ -56,6 +56,12 @@ def layer_reference(module: FrozenLinear, x: torch.Tensor) -> LayerReference:
         x_q, acc, per_frame = module.quantize(x), None, 1
     outputs = LayerOutputs(x_q.cpu().numpy().astype(np.int32).reshape(-1, x.shape[-1]), acc, y.cpu().numpy())
     return LayerReference(module.layer.name, x.detach().cpu().float().numpy(), per_frame, outputs)
+
+
+def _flat_rows(module: LowBitLinear, acc: torch.Tensor) -> np.ndarray:
+    """acc as int64 [M, N], or [C, M, N] for C groups."""
+    groups = module.low_bit.weight_scale.shape[1:]
+    return acc.cpu().numpy().astype(np.int64).reshape(*groups, -1, module.out_features)
 
 
 def saved_input(module: FrozenLinear, x: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,8 @@ from qvdit.models import Site
 class InputStatistics:
     """Of one input tensor x with K features, shared by all the linears that read it."""
 
-    abs_max: torch.Tensor  # float32 [K]: max |x| over the tokens of a batch, mean over batches
+    abs_max_by_step: torch.Tensor  # float32 [S, K]: max |x| over the tokens of a batch, mean over a step's batches;
+    # a row for every recorded step of the sampler, in its order: the first has the most noise
     mean: torch.Tensor  # float32 [K]: E[x]
     second_moment: torch.Tensor  # float32 [K, K]: E[x xᵀ]
 
@@ -40,29 +42,45 @@ class Statistics:
         return self.inputs[site.shared_input]
 
 
+FORMAT = 2  # of the statistics file
 _COUNTS = "counts"
-_FIELDS = ("abs_max", "mean", "second_moment")
+_BY_STEP, _OVERALL = "abs_max_by_step", ("mean", "second_moment")
 
 
 class _Sums:
-    """Running sums in float64 for every shared input, saved after each shard."""
+    """Running sums in float64 for every shared input, saved after each shard: ``x:mean``, ``x:abs_max_by_step:3``."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
-        self.batches = 0
+        self.batches: Counter[int] = Counter()  # seen of each step
+        self.step = 0
+
+    def begin(self, step: int) -> None:
+        """What is added from here on belongs to one more batch of a step."""
+        self.step = step
+        self.batches[step] += 1
 
     def add(self, name: str, x: torch.Tensor) -> None:
         """Add one batch of an input [..., K]."""
         x = x.detach().reshape(-1, x.shape[-1]).float()
+        fields = (f"{_BY_STEP}:{self.step}", *_OVERALL)
         values = (x.abs().amax(0), x.mean(0), x.T @ x / len(x))
-        for field, value in zip(_FIELDS, values, strict=True):
+        for field, value in zip(fields, values, strict=True):
             key = f"{name}:{field}"
             value = value.double()
             self.tensors[key] = self.tensors[key] + value if key in self.tensors else value
 
+    def of(self, name: str) -> InputStatistics:
+        """The statistics of one input."""
+        steps = sorted(self.batches)
+        rows = [self.tensors[f"{name}:{_BY_STEP}:{step}"] / self.batches[step] for step in steps]
+        mean, moment = (self.tensors[f"{name}:{field}"] / self.batches.total() for field in _OVERALL)
+        return InputStatistics(torch.stack(rows).float(), mean.float(), moment.float())
+
     def save(self, path: Path, shards: int) -> None:
         # One key: safetensors writes several in no fixed order.
-        metadata = {_COUNTS: json.dumps({"shards": shards, "batches": self.batches}, sort_keys=True)}
+        counts = {"format": FORMAT, "shards": shards, "batches": sorted(self.batches.items())}
+        metadata = {_COUNTS: json.dumps(counts, sort_keys=True)}
         tensors = {name: tensor.cpu() for name, tensor in self.tensors.items()}
         write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata))
 
@@ -71,8 +89,10 @@ class _Sums:
         try:
             with safe_open(path, framework="pt") as file:
                 counts = json.loads((file.metadata() or {})[_COUNTS])
+            if counts["format"] != FORMAT:
+                return 0
             tensors = {name: tensor.to(device) for name, tensor in load_file(path).items()}
-            self.batches, shards = int(counts["batches"]), int(counts["shards"])
+            self.batches, shards = Counter(dict(counts["batches"])), int(counts["shards"])
         except (SafetensorError, OSError, KeyError, TypeError, ValueError):
             return 0
         self.tensors = tensors
@@ -104,10 +124,10 @@ def collect(
             progress(index, len(data.shards))
             if index < done:
                 continue
-            for batch in CalibrationData((shard,)).batches():
+            for step, batch in CalibrationData((shard,)).by_step():
+                sums.begin(step)
                 inputs = {name: tensor.to(device) for name, tensor in batch.items()}
                 transformer(**inputs, return_dict=False)
-                sums.batches += 1
             last = index + 1 == len(data.shards)
             if last or time.monotonic() - saved >= 10 * cost:  # a large model's sums take gigabytes to save
                 started = time.monotonic()
@@ -126,13 +146,10 @@ def load(path: Path) -> Statistics:
     sums = _Sums()
     if not sums.load(path, torch.device("cpu")):
         raise QvditError(f"no statistics at {path}", "what `qvdit calibrate` writes", "run `qvdit calibrate` first")
-    inputs: dict[str, dict[str, torch.Tensor]] = {}
-    for key, total in sums.tensors.items():
-        name, field = key.rsplit(":", 1)
-        inputs.setdefault(name, {})[field] = (total / sums.batches).float()
-    for name, fields in inputs.items():
-        if not all(tensor.isfinite().all() for tensor in fields.values()):
+    inputs = {name: sums.of(name) for name in dict.fromkeys(key.split(":", 1)[0] for key in sums.tensors)}
+    for name, found in inputs.items():
+        if not all(tensor.isfinite().all() for tensor in vars(found).values()):
             raise QvditError(
                 f"NaN or Inf in the statistics of {name}", "finite activations", "check the model's weights"
             )
-    return Statistics({name: InputStatistics(**fields) for name, fields in inputs.items()})
+    return Statistics(inputs)

@@ -18,10 +18,25 @@ def best_correction(error: torch.Tensor, second_moment: torch.Tensor, rank: int)
     of error · S, with S taken back out of its right factor.
     """
     root = torch.linalg.cholesky(damped(second_moment, 1e-4))
-    left, sigma, right = _leading(error.double() @ root, rank)
+    alpha, beta = _truncated_svd(error.double() @ root, rank)
+    alpha = torch.linalg.solve_triangular(root.T, alpha, upper=True)
+    return alpha.float().contiguous(), beta.float().contiguous()
+
+
+def best_approximation(weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """alpha [K, R] and beta [R, N] that minimise ‖W - betaᵀ alphaᵀ‖, W float32 [N, K]: its truncated SVD.
+
+    Source: SVDQuant (arXiv 2411.05007), which keeps this branch at high precision and quantizes what is left of W.
+    """
+    alpha, beta = _truncated_svd(weight.double(), rank)
+    return alpha.float().contiguous(), beta.float().contiguous()
+
+
+def _truncated_svd(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """right · √σ [K, R] and √σ · leftᵀ [R, N] of a float64 matrix [N, K]."""
+    left, sigma, right = _leading(matrix, rank)
     strength = sigma.sqrt()
-    alpha = torch.linalg.solve_triangular(root.T, right * strength, upper=True)
-    return alpha.float().contiguous(), (left * strength).T.float().contiguous()
+    return right * strength, (left * strength).T
 
 
 def _leading(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,6 +1,6 @@
 """The quantized linear while it is trained: everything that folding later freezes is still a parameter.
 
-    Ŵ = Q_w(W + B·A; Δ),   y = Q_a(x · inv_smooth) Ŵᵀ + gain[frame] · (Q_a(x · inv_smooth) alpha) beta + bias
+    Ŵ = Q_w(W + B·A; Δ),   y = Q_a(x̃) Ŵᵀ + gain[frame] · (Q_a(x̃) alpha) beta + bias,   x̃ = FWHT(x · inv_smooth)
 
 Source: Q-VDiT (arXiv 2505.22167). Gradients pass through rounding unchanged (straight-through estimator).
 """
@@ -14,7 +14,7 @@ import torch
 
 from qvdit.contract import FrameRows, LowBitLayer
 from qvdit.method import operator
-from qvdit.method.weights import WeightGrid
+from qvdit.method.weights import WeightGrid, per_feature
 
 
 def round_through(x: torch.Tensor) -> torch.Tensor:
@@ -32,7 +32,7 @@ class TrainableLinear(torch.nn.Module):
     def __init__(
         self,
         name: str,
-        weight: torch.Tensor,  # [N, K], smoothing already multiplied in; nearest rounding gives the starting integers
+        weight: torch.Tensor,  # [N, K], smoothed and rotated already; nearest rounding gives the starting integers
         bias: torch.Tensor | None,  # [N]
         grid: WeightGrid,
         act_bits: int,
@@ -42,10 +42,11 @@ class TrainableLinear(torch.nn.Module):
         alpha: torch.Tensor | None = None,  # [K, R]
         beta: torch.Tensor | None = None,  # [R, N]
         gain: torch.Tensor | None = None,  # [T]
+        rotation: int = 0,  # B
     ):
         super().__init__()
         self.name, self.act_bits, self.act_symmetric, self.rows = name, act_bits, act_symmetric, rows
-        self.weight_bits = grid.bits
+        self.weight_bits, self.rotation = grid.bits, rotation
         self.out_features, self.in_features = weight.shape
         self.register_buffer("weight", weight)
         self.register_buffer("zero", grid.zero)
@@ -80,17 +81,21 @@ class TrainableLinear(torch.nn.Module):
     def quantized_weight(self) -> torch.Tensor:
         """Ŵ, [N, K], differentiable in Δ, A and B."""
         grid = self.grid
-        scale = grid.scale[:, None]
-        weight_q = (round_through(self.latent_weight() / scale) + self.zero[:, None]).clamp(grid.low, grid.high)
-        return (weight_q - self.zero[:, None]) * scale
+        scale, zero = (per_feature(values, self.in_features) for values in (grid.scale, self.zero))
+        weight_q = (round_through(self.latent_weight() / scale) + zero).clamp(grid.low, grid.high)
+        return (weight_q - zero) * scale
+
+    def transformed_input(self, x: torch.Tensor) -> torch.Tensor:
+        """x̃, float32 [..., K]."""
+        return operator.transform(x, self.inv_smooth, self.rotation)
 
     def quantized_input(self, x: torch.Tensor) -> torch.Tensor:
-        """Q_a(x · inv_smooth), or without Q_a where activations are kept in floating point."""
-        smoothed = x if self.inv_smooth is None else x * self.inv_smooth
+        """Q_a(x̃), or without Q_a where activations are kept in floating point."""
+        transformed = self.transformed_input(x)
         if not self.quantize_activations:
-            return smoothed
-        rows = operator.quantize_rows(smoothed.detach(), self.act_bits, self.act_symmetric)
-        return smoothed + (rows.scale * rows.centred() - smoothed).detach()
+            return transformed
+        rows = operator.quantize_rows(transformed.detach(), self.act_bits, self.act_symmetric)
+        return transformed + (rows.scale * rows.centred() - transformed).detach()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x_hat = self.quantized_input(x)
@@ -122,6 +127,7 @@ class TrainableLinear(torch.nn.Module):
             alpha=None if alpha is None else _array(alpha),
             beta=None if beta is None else _array(beta),
             frame_gain=None if gain is None else _array(gain),
+            rotation=self.rotation,
         )
 
 

@@ -1,6 +1,7 @@
-"""Weight quantizers: a grid per output channel, found by clip search, and two ways to round to it.
+"""Weight quantizers: a grid per output channel or group of it, found by clip search, and two ways to round to it.
 
-Symbols: N output features, K input features, b bits. Integers are signed, -2^(b-1) … 2^(b-1) - 1.
+Symbols: N output features, K input features, C groups of input features, b bits. Integers are signed,
+-2^(b-1) … 2^(b-1) - 1.
 """
 
 from __future__ import annotations
@@ -9,17 +10,42 @@ from dataclasses import dataclass
 
 import torch
 
+from qvdit.contract.layer import group_size
+from qvdit.method.recipe import ClipGrid
+
 _MIN_SCALE = 1e-8
-_CLIP_RATIOS = torch.arange(2, 101, 2) / 100  # 0.02 … 1.0: the authors' grid stops at 0.98 and starts at a useless 0
+
+
+@dataclass(frozen=True)
+class ClipSearch:
+    """How the clip search looks for a scale."""
+
+    ratios: tuple[float, ...]  # of the range
+    slack: float  # added to Δ where the search divides by it, not where it multiplies
+
+
+CLIP_SEARCHES: dict[ClipGrid, ClipSearch] = {
+    "clean": ClipSearch(tuple(i / 100 for i in range(2, 101, 2)), 0.0),
+    # Q-VDiT's code: never the whole range, a useless 0, and a Δ that is another one when it divides. At 8 bits, where Δ
+    # is not large against 1e-4, that costs much.
+    "authors": ClipSearch(tuple(i / 100 for i in range(0, 100, 2)), 1e-4),
+}
+
+
+def per_feature(values: torch.Tensor, k: int) -> torch.Tensor:
+    """What scales or zeros say of every weight: [N] → [N, 1]; [N, C] → [N, K], K = ``k``."""
+    if values.ndim == 1:
+        return values[:, None]
+    return values[..., None].expand(-1, -1, k // values.shape[1]).flatten(1)
 
 
 @dataclass(frozen=True)
 class WeightGrid:
-    """The values an output channel may take: scale · (q - zero)."""
+    """The values that the weights of an output channel, or of each of its C groups, may take: scale · (q - zero)."""
 
     bits: int
-    scale: torch.Tensor  # float32 [N]
-    zero: torch.Tensor  # float32 holding integers [N], in the same range as q; 0 if symmetric
+    scale: torch.Tensor  # float32 [N] or [N, C]
+    zero: torch.Tensor  # float32 holding integers, of the scale's shape, in the same range as q; 0 if symmetric
 
     @property
     def low(self) -> int:
@@ -33,21 +59,34 @@ class WeightGrid:
 
     def quantize(self, weight: torch.Tensor) -> torch.Tensor:
         """Nearest integers of a weight [N, K], as float32."""
-        return (torch.round(weight / self.scale[:, None]) + self.zero[:, None]).clamp(self.low, self.high)
+        scale, zero = (per_feature(values, weight.shape[1]) for values in (self.scale, self.zero))
+        return (torch.round(weight / scale) + zero).clamp(self.low, self.high)
 
     def dequantize(self, weight_q: torch.Tensor) -> torch.Tensor:
         """Integers [N, K] → values, float32."""
-        return (weight_q - self.zero[:, None]) * self.scale[:, None]
+        scale, zero = (per_feature(values, weight_q.shape[1]) for values in (self.scale, self.zero))
+        return (weight_q - zero) * scale
 
 
-def search_grid(weight: torch.Tensor, bits: int, symmetric: bool, importance: torch.Tensor | None = None) -> WeightGrid:
-    """The grid, over ratios of the channel's range, with the least Σ_k importance_k (w_k - ŵ_k)².
+def search_grid(
+    weight: torch.Tensor,
+    bits: int,
+    symmetric: bool,
+    importance: torch.Tensor | None = None,
+    group: int = 0,
+    clip_grid: ClipGrid = "clean",
+) -> WeightGrid:
+    """The grid, over ratios of the range of a channel or group, with the least Σ_k importance_k (w_k - ŵ_k)².
 
     weight: float32 [N, K]. importance: [K], the mean square of each input feature; equal weights when absent.
+    group: how many features share a scale, as near to it as K allows; 0: all of a row.
     The range includes 0, so that 0 is representable and padding costs nothing.
     """
-    half = 1 << (bits - 1)
-    low, high = weight.amin(1).clamp(max=0), weight.amax(1).clamp(min=0)
+    half, search = 1 << (bits - 1), CLIP_SEARCHES[clip_grid]
+    n, k = weight.shape
+    grouped = (n,) if group_size(k, group) == k else (n, k // group_size(k, group))
+    by_group = weight.reshape(*grouped, -1)
+    low, high = by_group.amin(-1).clamp(max=0), by_group.amax(-1).clamp(min=0)
     if symmetric:
         full = torch.maximum(-low, high) / (half - 1)
         zero = torch.zeros_like(full)
@@ -55,10 +94,13 @@ def search_grid(weight: torch.Tensor, bits: int, symmetric: bool, importance: to
         full = (high - low) / (2 * half - 1)
         zero = torch.round(-low / full.clamp(min=_MIN_SCALE)).clamp(0, 2 * half - 1) - half
     best_scale, best_error = full.clamp(min=_MIN_SCALE), torch.full_like(full, torch.inf)
-    for ratio in _CLIP_RATIOS.tolist():
+    for ratio in search.ratios:
         grid = WeightGrid(bits, (full * ratio).clamp(min=_MIN_SCALE), zero)
-        error = (grid.dequantize(grid.quantize(weight)) - weight).square()
-        error = error.sum(1) if importance is None else error @ importance
+        divided = WeightGrid(bits, grid.scale + search.slack, zero) if search.slack else grid
+        error = (grid.dequantize(divided.quantize(weight)) - weight).square()
+        if importance is not None:
+            error = error * importance
+        error = error.reshape(*grouped, -1).sum(-1)
         better = error < best_error
         best_scale = torch.where(better, grid.scale, best_scale)
         best_error = torch.where(better, error, best_error)
@@ -82,6 +124,7 @@ def round_second_order(weight: torch.Tensor, grid: WeightGrid, second_moment: to
     matrix = damped(second_moment)[order][:, order]
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
     spread = torch.linalg.cholesky(inverse, upper=True).float()
+    scale, zero = (per_feature(v, len(order)).expand(-1, len(order))[:, order] for v in (grid.scale, grid.zero))
     left = weight[:, order].clone()
     rounded = torch.empty_like(left)
     block = 64
@@ -89,9 +132,9 @@ def round_second_order(weight: torch.Tensor, grid: WeightGrid, second_moment: to
         stop = min(start + block, left.shape[1])
         errors = torch.zeros(len(left), stop - start, device=left.device)
         for k in range(start, stop):
-            column = left[:, k : k + 1]
-            rounded[:, k : k + 1] = grid.quantize(column)
-            error = (column - grid.dequantize(rounded[:, k : k + 1])) / spread[k, k]
+            column, own = left[:, k : k + 1], WeightGrid(grid.bits, scale[:, k], zero[:, k])
+            rounded[:, k : k + 1] = own.quantize(column)
+            error = (column - own.dequantize(rounded[:, k : k + 1])) / spread[k, k]
             left[:, k:stop] -= error @ spread[k : k + 1, k:stop]
             errors[:, k - start] = error[:, 0]
         left[:, stop:] -= errors @ spread[start:stop, stop:]

@@ -36,17 +36,17 @@ class PromptTable(ModelMixin, ConfigMixin):
         return table
 
     def embed(self, scenes: world.SceneBatch) -> torch.Tensor:
-        """Condition tokens of a batch of scenes, [B, 4, text_dim]."""
+        """Condition tokens of a batch of scenes, [B, 7, text_dim]."""
         return self.codebook[scenes.tokens()]
 
     def forward(self, prompts: list[str]) -> torch.Tensor:
-        """Condition tokens of prompts, [B, 4, text_dim]; the empty prompt is the unconditional one."""
+        """Condition tokens of prompts, [B, 7, text_dim]; the empty prompt is the unconditional one."""
         rows = []
         for prompt in prompts:
             if prompt.strip():
                 rows.append(self.embed(world.SceneBatch.from_scenes([world.parse_prompt(prompt)], self.device)))
             else:
-                rows.append(self.codebook[:1].expand(1, 4, -1))
+                rows.append(self.codebook[:1].expand(1, world.PROMPT_TOKENS, -1))
         return torch.cat(rows)
 
 

@@ -1,14 +1,11 @@
-"""Train the reference model `wan-shapes` on videos drawn on the fly, and judge it from pixels.
+"""Train the reference models on videos drawn on the fly, and judge them from pixels.
 
-    python -m qvdit.reference.train --out DIR --minutes 7.6      on one GPU; a minute or two more for compiling
+    python -m qvdit.reference.train --model latte-shapes --out DIR      on one GPU; compiling takes a minute more
     python -m qvdit.reference.train --judge qvdit/reference/wan-shapes
 
-Flow matching: x_t = (1 - t) x + t ε, the model predicts ε - x, t is logit-normal; the condition is dropped one time in
-ten; the weights that are saved are their exponential moving average, in float16.
-
-On an H200 (2026-11-22) the command above made 4 479 steps of 256 videos and reached scene consistency 0.96; AdamW in
-Muon's place made 5 382 and reached 0.51. The weights in the package are the latter's, trained on with Muon,
-`--start DIR --minutes 5.2`, for 3 173 steps: 0.94.
+Flow matching: x_t = (1 - t) x + t ε, the model predicts ε - x, t is logit-normal, shifted towards noise as the
+sampler's steps are; the condition is dropped one time in ten; the weights that are saved are their exponential moving
+average, in float16.
 """
 
 from __future__ import annotations
@@ -22,21 +19,47 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from diffusers import FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from diffusers import FlowMatchEulerDiscreteScheduler, LatteTransformer3DModel, WanTransformer3DModel
 
 from qvdit.reference import measure, world
 from qvdit.reference.pipeline import PixelVideoPipeline, PromptTable, draw_noise
 
-ARCHITECTURE = {
-    "patch_size": (1, 4, 4),
-    "num_attention_heads": 4,
-    "attention_head_dim": 64,
-    "in_channels": 3,
-    "out_channels": 3,
-    "text_dim": 64,
-    "freq_dim": 256,
-    "ffn_dim": 640,
-    "num_layers": 6,
+TEXT_DIM = 64
+ARCHITECTURES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "wan-shapes": (
+        WanTransformer3DModel,
+        {
+            "patch_size": (1, 4, 4),
+            "num_attention_heads": 4,
+            "attention_head_dim": 64,
+            "in_channels": 3,
+            "out_channels": 3,
+            "text_dim": TEXT_DIM,
+            "freq_dim": 256,
+            "ffn_dim": 640,
+            "num_layers": 6,
+        },
+    ),
+    "latte-shapes": (
+        LatteTransformer3DModel,
+        {
+            "patch_size": 4,
+            "num_attention_heads": 3,
+            "attention_head_dim": 64,
+            "in_channels": 3,
+            "out_channels": 3,
+            "cross_attention_dim": 192,
+            "caption_channels": TEXT_DIM,
+            "num_layers": 5,  # pairs of a spatial and a temporal block
+            "sample_size": world.SIZE,
+            "video_length": world.FRAMES,
+            "activation_fn": "gelu-approximate",
+            "attention_bias": True,
+            "norm_type": "ada_norm_single",
+            "norm_elementwise_affine": False,
+            "norm_eps": 1e-6,
+        },
+    ),
 }
 BAR = {"colour": 0.98, "background": 0.98, "shape": 0.90, "direction": 0.90}
 """What the full-precision model must reach on 256 fresh prompts, and the drawn videos by 0.99."""
@@ -44,25 +67,28 @@ BAR = {"colour": 0.98, "background": 0.98, "shape": 0.90, "direction": 0.90}
 EMA = 0.999
 DROP_CONDITION = 0.1
 WARM_UP_STEPS = 200
+SHIFT = 2.0  # towards noise, where it is decided what moves where
 
 
-def build(device: torch.device, seed: int) -> tuple[WanTransformer3DModel, PromptTable]:
+def build(name: str, device: torch.device, seed: int) -> tuple[torch.nn.Module, PromptTable]:
     """A fresh model and its prompt table."""
     torch.manual_seed(seed)
-    model = WanTransformer3DModel(**ARCHITECTURE).to(device)
+    kind, config = ARCHITECTURES[name]
+    model = kind(**config).to(device)
     # Every block starts as the identity, which is worth a few hundred steps: its gates are zero.
-    for block in model.blocks:
-        block.scale_shift_table.data[:, [2, 5]] = 0
+    for parameter_name, parameter in model.named_parameters():
+        if "blocks." in parameter_name and parameter_name.endswith("scale_shift_table"):
+            parameter.data[..., [2, 5], :] = 0
     torch.nn.init.zeros_(model.proj_out.weight)
-    table = PromptTable.draw(torch.Generator().manual_seed(seed), ARCHITECTURE["text_dim"])
+    table = PromptTable.draw(torch.Generator().manual_seed(seed), TEXT_DIM)
     return model, table.to(device)
 
 
 def optimizers(model: torch.nn.Module, name: str, lr: float) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or Muon for the blocks' matrices and AdamW for the rest."""
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and n.startswith("blocks.")]
     if name == "adamw":
         return [torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)]
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "blocks." in n and n.endswith(".weight")]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
     return [
@@ -77,7 +103,7 @@ def batch_loss(model: Callable[..., Any], table: PromptTable, batch: int, genera
     condition = table.embed(scenes)
     dropped = torch.rand(batch, generator=generator, device=videos.device) < DROP_CONDITION
     condition = torch.where(dropped[:, None, None], table.codebook[0], condition)
-    t = torch.sigmoid(torch.randn(batch, generator=generator, device=videos.device))
+    t = torch.sigmoid(torch.randn(batch, generator=generator, device=videos.device) + math.log(SHIFT))
     noise = torch.randn(videos.shape, generator=generator, device=videos.device)
     mixed = torch.lerp(videos, noise, t[:, None, None, None, None])
     with torch.autocast(videos.device.type, dtype=torch.bfloat16):
@@ -85,13 +111,15 @@ def batch_loss(model: Callable[..., Any], table: PromptTable, batch: int, genera
     return torch.nn.functional.mse_loss(predicted.float(), noise - videos)
 
 
-def train(out: Path, minutes: float, batch: int, optimizer: str, lr: float, seed: int, start: Path | None) -> None:
+def train(
+    name: str, out: Path, minutes: float, batch: int, optimizer: str, lr: float, seed: int, start: Path | None
+) -> None:
     """Train for a time budget with a cosine schedule over it and save the averaged model as a pipeline in ``out``."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
-    model, table = build(device, seed)
+    model, table = build(name, device, seed)
     if start is not None:
-        model.load_state_dict(WanTransformer3DModel.from_pretrained(start / "transformer").state_dict())
+        model.load_state_dict(ARCHITECTURES[name][0].from_pretrained(start / "transformer").state_dict())
     average = [p.detach().clone() for p in model.parameters()]
     steppers = optimizers(model, optimizer, lr)
     compiled = torch.compile(model) if device.type == "cuda" else model
@@ -120,7 +148,7 @@ def train(out: Path, minutes: float, batch: int, optimizer: str, lr: float, seed
         for parameter, mean in zip(model.parameters(), average, strict=True):
             parameter.copy_(mean)
     print(f"trained {step} steps of {batch} videos", flush=True)
-    scheduler = FlowMatchEulerDiscreteScheduler()
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=SHIFT)
     PixelVideoPipeline(model.half().cpu(), scheduler, table.half().cpu()).save_pretrained(out)
 
 
@@ -148,9 +176,10 @@ def judge(path: Path, prompts: int = 256, seed: int = 2026, steps: int = 20, gui
 
 
 def main(
+    model: Annotated[str, typer.Option(help=f"What to train: {' or '.join(ARCHITECTURES)}.")] = "wan-shapes",
     out: Annotated[Path | None, typer.Option(help="Folder to save the trained pipeline in.")] = None,
     minutes: Annotated[float, typer.Option(help="Time budget after compiling.")] = 8.0,
-    batch: Annotated[int, typer.Option(help="Videos in a batch.")] = 256,
+    batch: Annotated[int, typer.Option(help="Videos in a batch.")] = 128,
     optimizer: Annotated[str, typer.Option(help="muon or adamw.")] = "muon",
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     seed: Annotated[int, typer.Option(help="Seed of weights, codebook and data.")] = 0,
@@ -162,7 +191,9 @@ def main(
     if judge_only is None:
         if out is None:
             raise typer.BadParameter("give --out DIR to train into, or --judge DIR")
-        train(out, minutes, batch, optimizer, lr, seed, start)
+        if model not in ARCHITECTURES:
+            raise typer.BadParameter(f"--model {model!r} is not one of {', '.join(ARCHITECTURES)}")
+        train(model, out, minutes, batch, optimizer, lr, seed, start)
     result = judge(judge_only or out or Path(), prompts)
     print(json.dumps({name: round(value, 4) for name, value in result.items()}, indent=1))
     met = all(result[n] >= bar and result[f"drawn_{n}"] >= 0.99 for n, bar in BAR.items())

@@ -1,7 +1,8 @@
-"""The drawn video world: one coloured shape that moves over a plain background and bounces off the edges.
+"""The drawn video world: two coloured shapes, one in front of the other, that move over a plain background.
 
-Every video follows from a :class:`Scene` and a start position, so its quality can be measured from pixels
-(:mod:`qvdit.reference.measure`) with no learned judge. Symbols: B batch, T frames, H height, W width.
+A shape goes straight and bounces off the edges, or circles. Every video follows from a :class:`Scene` and where its
+things start, so its quality can be measured from pixels (:mod:`qvdit.reference.measure`) with no learned judge.
+Symbols: B batch, T frames, H height, W width. A scene's things come in the order (front, back).
 """
 
 from __future__ import annotations
@@ -14,9 +15,14 @@ import torch
 
 FRAMES = 16  # T
 SIZE = 32  # H = W, pixels
+THINGS = 2
 SPEED = 1.2  # pixels per frame
-MARGIN = 9.5  # pixels between the shape's centre and the edge it bounces off: no shape ever touches the border
+MARGIN = 8.0  # pixels between a shape's centre and the edge it bounces off: no shape ever leaves the picture
 STRAIGHT_STEPS = 4  # the first steps never bounce, so that the direction named by the prompt can be seen
+RADIUS = 4.0  # pixels, of a circling shape's path
+TURN = SPEED / RADIUS  # radians per frame
+MIN_DISTANCE = 5.0  # pixels between the two centres: more than half of the shape behind stays visible
+_STARTS = 32  # pairs of starts tried for each scene to keep that distance
 
 SHAPES = ("circle", "square", "triangle", "cross")
 COLOURS = {
@@ -46,89 +52,118 @@ DIRECTIONS = {
     "up": (0, -1),
     "up-right": (1, -1),
 }
+CIRCLING = {"clockwise": 1, "counter-clockwise": -1}  # sign of the turn, as seen with y down
+MOTIONS = (*(f"moving {name}" for name in DIRECTIONS), *(f"circling {name}" for name in CIRCLING))
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One of a scene's two shapes."""
+
+    shape: str
+    colour: str
+    motion: str  # one of MOTIONS: where it first heads, or how it circles
+
+    @property
+    def words(self) -> str:
+        """The thing as a prompt names it."""
+        return f"a {self.colour} {self.shape} {self.motion}"
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What a prompt names: a shape, its colour, where it first heads, and the background."""
+    """What a prompt names: a thing in front, a thing behind it, and the background."""
 
-    shape: str
-    colour: str
-    direction: str
+    front: Thing
+    back: Thing
     background: str
 
     @property
     def prompt(self) -> str:
         """The scene in words; :func:`parse_prompt` is the inverse."""
-        return f"a {self.colour} {self.shape} moving {self.direction} on a {self.background} background"
+        return f"{self.front.words} in front of {self.back.words} on a {self.background} background"
 
 
-_PROMPT = re.compile(r"a (?P<colour>\S+) (?P<shape>\S+) moving (?P<direction>\S+) on a (?P<background>\S+) background")
+_THING = r"an? (?P<colour{0}>\S+) (?P<shape{0}>\S+) (?P<motion{0}>(?:moving|circling) \S+)"
+_PROMPT = re.compile(
+    f"{_THING.format(0)} in front of {_THING.format(1)} on an? (?P<background>\\S+) background".replace(" ", r"\s+")
+)
+EXAMPLE = "a red circle moving right in front of a blue square circling clockwise on a grey background"
 
 
 def parse_prompt(prompt: str) -> Scene:
-    """Read a prompt of the form that :attr:`Scene.prompt` writes; ValueError says which word was not understood."""
+    """Read a prompt of the form that :attr:`Scene.prompt` writes; ValueError says what was not understood."""
     match = _PROMPT.fullmatch(prompt.strip().lower())
     if match is None:
-        raise ValueError(
-            f"prompt {prompt!r}: expected 'a <colour> <shape> moving <direction> on a <background> background'"
-        )
-    scene = Scene(**match.groupdict())
-    tables = ((scene.shape, SHAPES), (scene.colour, COLOURS), (scene.direction, DIRECTIONS))
-    for word, known in (*tables, (scene.background, BACKGROUNDS)):
-        if word not in known:
-            raise ValueError(f"prompt {prompt!r}: {word!r} is not one of {', '.join(known)}")
-    return scene
+        raise ValueError(f"prompt {prompt!r}: expected the form of {EXAMPLE!r}")
+    words = {name: " ".join(value.split()) for name, value in match.groupdict().items()}
+    front, back = (Thing(*(words[f"{name}{i}"] for name in ("shape", "colour", "motion"))) for i in range(THINGS))
+    known = [(thing, table) for pair in (front, back) for thing, table in _tables(pair)]
+    for word, table in (*known, (words["background"], BACKGROUNDS)):
+        if word not in table:
+            raise ValueError(f"prompt {prompt!r}: {word!r} is not one of {', '.join(table)}")
+    if front.colour == back.colour:
+        raise ValueError(f"prompt {prompt!r}: two {front.colour} things cannot be told apart; give them two colours")
+    return Scene(front, back, words["background"])
+
+
+def _tables(thing: Thing) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """A thing's words, each with the words it may be."""
+    return ((thing.shape, SHAPES), (thing.colour, tuple(COLOURS)), (thing.motion, MOTIONS))
 
 
 @dataclass(frozen=True)
 class SceneBatch:
-    """Scenes as indices into SHAPES, COLOURS, DIRECTIONS and BACKGROUNDS; int64 [B] each, on one device."""
+    """Scenes as indices into SHAPES, COLOURS, MOTIONS and BACKGROUNDS; int64, on one device."""
 
-    shape: torch.Tensor
-    colour: torch.Tensor
-    direction: torch.Tensor
-    background: torch.Tensor
+    shape: torch.Tensor  # [B, 2]
+    colour: torch.Tensor  # [B, 2]
+    motion: torch.Tensor  # [B, 2]
+    background: torch.Tensor  # [B]
 
     @staticmethod
     def from_scenes(scenes: list[Scene], device: torch.device | str = "cpu") -> SceneBatch:
         """Index a list of scenes."""
-        tables = (list(SHAPES), list(COLOURS), list(DIRECTIONS), list(BACKGROUNDS))
-        names = zip(*((s.shape, s.colour, s.direction, s.background) for s in scenes), strict=True)
-        columns = [
-            torch.tensor([t.index(n) for n in column], device=device) for t, column in zip(tables, names, strict=True)
-        ]
-        return SceneBatch(*columns)
+        things = [[[table.index(word) for word, table in _tables(t)] for t in (s.front, s.back)] for s in scenes]
+        shape, colour, motion = torch.tensor(things, device=device).unbind(-1)
+        grounds = [list(BACKGROUNDS).index(scene.background) for scene in scenes]
+        return SceneBatch(shape, colour, motion, torch.tensor(grounds, device=device))
 
     @staticmethod
     def draw(count: int, generator: torch.Generator) -> SceneBatch:
-        """Draw scenes uniformly; B = count, on the generator's device."""
-        sizes = (len(SHAPES), len(COLOURS), len(DIRECTIONS), len(BACKGROUNDS))
-        return SceneBatch(*(torch.randint(n, (count,), generator=generator, device=generator.device) for n in sizes))
+        """Draw scenes uniformly, the two colours of each different; B = count, on the generator's device."""
+
+        def integers(high: int, *shape: int) -> torch.Tensor:
+            return torch.randint(high, shape, generator=generator, device=generator.device)
+
+        first, other = integers(len(COLOURS), count), 1 + integers(len(COLOURS) - 1, count)
+        colour = torch.stack([first, (first + other) % len(COLOURS)], dim=1)
+        shape, motion = integers(len(SHAPES), count, THINGS), integers(len(MOTIONS), count, THINGS)
+        return SceneBatch(shape, colour, motion, integers(len(BACKGROUNDS), count))
 
     def scenes(self) -> list[Scene]:
         """The batch as scenes with names."""
-        tables = (list(SHAPES), list(COLOURS), list(DIRECTIONS), list(BACKGROUNDS))
-        columns = (self.shape, self.colour, self.direction, self.background)
-        named = zip(*([t[i] for i in c.tolist()] for t, c in zip(tables, columns, strict=True)), strict=True)
-        return [Scene(shape, colour, direction, background) for shape, colour, direction, background in named]
+        colours, grounds = list(COLOURS), list(BACKGROUNDS)
+        rows = torch.stack([self.shape, self.colour, self.motion], dim=-1).tolist()  # [B, 2, 3]
+        named = [[Thing(SHAPES[s], colours[c], MOTIONS[m]) for s, c, m in things] for things in rows]
+        return [Scene(f, b, grounds[g]) for (f, b), g in zip(named, self.background.tolist(), strict=True)]
 
     def tokens(self) -> torch.Tensor:
-        """Rows of the prompt table's codebook, int64 [B, 4]; row 0 of the codebook is the empty token."""
-        offset = 1
-        columns = []
-        for column, table in (
-            (self.shape, SHAPES),
-            (self.colour, COLOURS),
-            (self.direction, DIRECTIONS),
-            (self.background, BACKGROUNDS),
-        ):
-            columns.append(column + offset)
-            offset += len(table)
-        return torch.stack(columns, dim=1)
+        """Rows of the prompt table's codebook, int64 [B, 7]; row 0 of the codebook is the empty token.
+
+        Attention does not know a token's place, so the words of the front and the back thing have rows of their own.
+        """
+        sizes = (len(SHAPES), len(COLOURS), len(MOTIONS))
+        columns, offset = [], 1
+        for thing in range(THINGS):
+            for column, size in zip((self.shape, self.colour, self.motion), sizes, strict=True):
+                columns.append(column[:, thing] + offset)
+                offset += size
+        return torch.stack([*columns, self.background + offset], dim=1)
 
 
-VOCABULARY = 1 + len(SHAPES) + len(COLOURS) + len(DIRECTIONS) + len(BACKGROUNDS)
+PROMPT_TOKENS = 3 * THINGS + 1
+VOCABULARY = 1 + THINGS * (len(SHAPES) + len(COLOURS) + len(MOTIONS)) + len(BACKGROUNDS)
 
 
 def palette(table: dict[str, tuple[float, float, float]], device: torch.device | str) -> torch.Tensor:
@@ -142,53 +177,87 @@ def velocities(device: torch.device | str) -> torch.Tensor:
     return SPEED * steps / steps.norm(dim=1, keepdim=True)
 
 
+def turns(motion: torch.Tensor) -> torch.Tensor:
+    """Radians per frame by which motions (indices into MOTIONS) turn, float32 of their shape; 0 for straight ones."""
+    signs = torch.tensor([0] * len(DIRECTIONS) + list(CIRCLING.values()), dtype=torch.float32, device=motion.device)
+    return TURN * signs[motion]
+
+
 def coverage(centres: torch.Tensor) -> torch.Tensor:
     """How much of each pixel every ideal shape covers when centred at ``centres``.
 
     centres: float32 [..., 2] as (x, y) in pixels → float32 [..., 4, H, W] in 0 … 1, antialiased over one pixel.
-    The four shapes have nearly equal areas (110 … 118 pixels) and their centroid at the centre.
+    The four shapes have nearly equal areas (71 … 77 pixels) and their centroid at the centre.
     """
     axis = torch.arange(SIZE, device=centres.device, dtype=torch.float32) + 0.5
     x = axis[None, :] - centres[..., 0, None, None]  # [..., 1, W]
     y = axis[:, None] - centres[..., 1, None, None]  # [..., H, 1]
-    x, y = torch.broadcast_tensors(x, y)
-    circle = torch.sqrt(x * x + y * y) - 6.0
-    square = torch.maximum(x.abs(), y.abs()) - 5.3
-    inradius = 4.6  # of the upward equilateral triangle
+    return shape_alpha(*torch.broadcast_tensors(x, y))
+
+
+def shape_alpha(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Coverage of pixels at offsets x, y [..., H, W] from the centre by every shape: float32 [..., 4, H, W]."""
+    circle = torch.sqrt(x * x + y * y) - 4.8
+    square = torch.maximum(x.abs(), y.abs()) - 4.25
+    inradius = 3.7  # of the upward equilateral triangle
     slope = math.sqrt(3) / 2
     triangle = torch.maximum(y, torch.maximum(slope * x - 0.5 * y, -slope * x - 0.5 * y)) - inradius
-    bar = torch.maximum(x.abs() - 7.0, y.abs() - 2.6)
-    post = torch.maximum(x.abs() - 2.6, y.abs() - 7.0)
+    bar = torch.maximum(x.abs() - 5.8, y.abs() - 2.0)
+    post = torch.maximum(x.abs() - 2.0, y.abs() - 5.8)
     distance = torch.stack([circle, square, triangle, torch.minimum(bar, post)], dim=-3)
     return (0.5 - distance).clamp(0, 1)
 
 
 def paths(scenes: SceneBatch, generator: torch.Generator) -> torch.Tensor:
-    """Draw a start for each scene and follow it: centres of the shape, float32 [B, T, 2] in pixels.
+    """Draw starts for each scene and follow them: centres of its things, float32 [B, 2, T, 2] in pixels.
 
-    The start leaves room for STRAIGHT_STEPS steps in the named direction; later steps reflect at MARGIN.
+    Of _STARTS pairs, the first that keeps MIN_DISTANCE throughout; if none does, the one that keeps the most.
     """
-    velocity = velocities(scenes.shape.device)[scenes.direction]  # [B, 2]
+    motion = scenes.motion[:, None].expand(-1, _STARTS, -1)  # [B, S, 2]
+    unit = torch.rand(*motion.shape, 3, generator=generator, device=motion.device)
+    centres = torch.where((motion < len(DIRECTIONS))[..., None, None], _straight(motion, unit), _circle(motion, unit))
+    nearest = (centres[:, :, 0] - centres[:, :, 1]).norm(dim=-1).amin(-1)  # [B, S]
+    order = torch.arange(_STARTS, device=motion.device)
+    chosen = torch.where(nearest >= MIN_DISTANCE, 1e3 - order, nearest).argmax(1)  # [B]
+    return centres[torch.arange(len(centres), device=motion.device), chosen]
+
+
+def _straight(motion: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
+    """Straight paths [..., T, 2] that reflect at MARGIN, from random numbers unit [..., 3] in 0 … 1.
+
+    The start leaves room for STRAIGHT_STEPS steps in the named direction.
+    """
+    velocity = velocities(motion.device)[motion.clamp(max=len(DIRECTIONS) - 1)]  # [..., 2]
     span = SIZE - 2 * MARGIN
     straight = velocity * STRAIGHT_STEPS
     low = (-straight).clamp(min=0)
     high = span - straight.clamp(min=0)
-    unit = torch.rand(velocity.shape, generator=generator, device=velocity.device)
-    start = low + unit * (high - low)
-    steps = torch.arange(FRAMES, device=velocity.device, dtype=torch.float32)
-    free = start[:, None] + velocity[:, None] * steps[None, :, None]
+    start = low + unit[..., :2] * (high - low)
+    steps = torch.arange(FRAMES, device=motion.device, dtype=torch.float32)
+    free = start[..., None, :] + velocity[..., None, :] * steps[:, None]
     folded = torch.remainder(free, 2 * span)
     return MARGIN + torch.where(folded > span, 2 * span - folded, folded)
 
 
+def _circle(motion: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
+    """Circular paths [..., T, 2] of RADIUS around a random middle, from a random phase. unit: [..., 3] in 0 … 1."""
+    low = MARGIN + RADIUS
+    middle = low + unit[..., :2] * (SIZE - 2 * low)
+    steps = torch.arange(FRAMES, device=motion.device, dtype=torch.float32)
+    angle = 2 * math.pi * unit[..., 2:] + turns(motion)[..., None] * steps
+    # The chord of a step is SPEED to within half a percent.
+    return middle[..., None, :] + RADIUS * torch.stack([angle.cos(), angle.sin()], dim=-1)
+
+
 def render(scenes: SceneBatch, centres: torch.Tensor) -> torch.Tensor:
-    """Draw the videos. centres: float32 [B, T, 2] → float32 [B, 3, T, H, W] in -1 … 1."""
+    """Draw the videos. centres: float32 [B, 2, T, 2] → float32 [B, 3, T, H, W] in -1 … 1."""
     device = centres.device
-    index = scenes.shape[:, None, None, None, None].expand(-1, FRAMES, 1, SIZE, SIZE)
-    alpha = coverage(centres).gather(2, index).squeeze(2)  # [B, T, H, W]
-    colour = palette(COLOURS, device)[scenes.colour]  # [B, 3]
-    background = palette(BACKGROUNDS, device)[scenes.background]
-    video = background[:, :, None, None, None] + (colour - background)[:, :, None, None, None] * alpha[:, None]
+    colour = palette(COLOURS, device)[scenes.colour]  # [B, 2, 3]
+    video = palette(BACKGROUNDS, device)[scenes.background][:, :, None, None, None].expand(-1, -1, FRAMES, SIZE, SIZE)
+    for thing in reversed(range(THINGS)):  # the back one first
+        index = scenes.shape[:, thing, None, None, None, None].expand(-1, FRAMES, 1, SIZE, SIZE)
+        alpha = coverage(centres[:, thing]).gather(2, index).squeeze(2)  # [B, T, H, W]
+        video = torch.lerp(video, colour[:, thing, :, None, None, None].expand_as(video), alpha[:, None])
     return video * 2 - 1
 
 

@@ -69,11 +69,12 @@ def text(batch: int, tokens: int, features: int, seed: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_pixel_pipeline(guidance: float, wan_folder: Path, wan_pair: Any, wan_model: Any) -> None:
+    from qvdit.reference import world
     from qvdit.reference.pipeline import PixelVideoPipeline
 
     pipe = PixelVideoPipeline.from_pretrained(wan_folder)
     pipe.set_progress_bar_config(disable=True)
-    prompts = ["a red circle moving right on a black background", "a blue cross moving up on a teal background"]
+    prompts = [world.EXAMPLE, world.EXAMPLE.replace("red", "cyan")]
 
     def sample(transformer: Any) -> torch.Tensor:
         pipe.transformer = transformer

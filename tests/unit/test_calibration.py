@@ -11,11 +11,12 @@ from safetensors.torch import load_file, save_file
 from qvdit.contract import QvditError
 from qvdit.method.calibration import CalibrationData, CalibrationPlan, read_prompts, record, sample
 from qvdit.models import WanAdapter
+from qvdit.reference import world
 
 PROMPTS = (
-    "a red circle moving up on a black background",
-    "a cyan cross moving left on a teal background",
-    "a white square moving down-right on a brown background",
+    world.EXAMPLE,
+    world.EXAMPLE.replace("red", "cyan"),
+    world.EXAMPLE.replace("red", "white"),
 )
 
 

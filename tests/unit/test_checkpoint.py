@@ -161,7 +161,7 @@ def test_a_configuration_that_does_not_fit_is_told(tmp_path, changes):
         load(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["[]", '{"format": 2}', "{}", "null"])
+@pytest.mark.parametrize("content", ["[]", '{"format": 1}', "{}", "null"])
 def test_another_format_is_told(tmp_path, mixed, content):
     save(mixed, tmp_path)
     (tmp_path / CONFIG).write_text(content)

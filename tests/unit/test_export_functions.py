@@ -19,9 +19,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qvdit.contract import ACT_BITS, WEIGHT_BITS, FrameRows, LowBitLayer
+from qvdit.contract.layer import group_size, rotation_block
+from qvdit.contract.parity import compare_layer
 from qvdit.export import graph
 from qvdit.export.functions import ATTRIBUTES, DOMAIN, INPUTS, NODE, OPSET, Variant, function
 from qvdit.method.lowbit import LowBitLinear
+from qvdit.method.reference import layer_reference
 from qvdit.runtimes.layers import LayerModels
 from qvdit.runtimes.onnxruntime import session
 
@@ -44,6 +47,8 @@ def make_layer(
     n: int = 7,
     k: int = 13,
     seed: int = 0,
+    group: int = 0,
+    rotate: bool = False,
 ) -> LowBitLayer:
     """A random layer with the parts asked for; ``rows`` other than NONE gives it distinct frame gains."""
     rng = np.random.default_rng(seed)
@@ -51,6 +56,8 @@ def make_layer(
     weight_q = rng.integers(-half, half, (n, k)).astype(np.int8)
     weight_q.flat[:2] = -half, half - 1  # both ends of the range, always
     gained = rank and rows is not FrameRows.NONE
+    size = group_size(k, group)
+    grouped = (n,) if size == k else (n, k // size)
     return LowBitLayer(
         name="linear",
         weight_bits=weight_bits,
@@ -58,13 +65,14 @@ def make_layer(
         act_symmetric=act_symmetric,
         rows=rows if gained else FrameRows.NONE,
         weight_q=weight_q,
-        weight_scale=(rng.random(n) * 0.1 + 0.01).astype(np.float32),
-        weight_zero=rng.integers(-half, half, n).astype(np.int8) if zero else None,
+        weight_scale=(rng.random(grouped) * 0.1 + 0.01).astype(np.float32),
+        weight_zero=rng.integers(-half, half, grouped).astype(np.int8) if zero else None,
         bias=rng.standard_normal(n).astype(np.float32) if bias else None,
         inv_smooth=(rng.random(k) * 2 + 0.1).astype(np.float32) if smooth else None,
         alpha=rng.standard_normal((k, rank)).astype(np.float32) if rank else None,
         beta=rng.standard_normal((rank, n)).astype(np.float32) if rank else None,
         frame_gain=np.linspace(0.5, 2.0, FRAMES, dtype=np.float32) if gained else None,
+        rotation=rotation_block(k) if rotate else 0,
     )
 
 
@@ -107,7 +115,9 @@ def magnitude(layer: LowBitLayer, x: np.ndarray) -> np.ndarray:
     module = LowBitLinear(layer)
     rows = module.quantize(torch.from_numpy(x))
     scale, inside = rows.scale.double().numpy(), np.abs(rows.centred().double().numpy())
-    total = scale * (inside @ np.abs(module.centred_weight().double().numpy()).T) * layer.weight_scale
+    weight = np.abs(module.centred_weight().double().numpy())
+    weight = weight * np.repeat(layer.weight_scale.reshape(len(weight), -1), layer.group, axis=1)
+    total = scale * (inside @ weight.T)
     if layer.rank:
         gain = 1.0 if layer.frame_gain is None else layer.frame_gain.max()
         total = total + gain * scale * (inside @ np.abs(layer.alpha).astype(np.float64)) @ np.abs(layer.beta)
@@ -129,10 +139,13 @@ def assert_integers(layer: LowBitLayer, x: np.ndarray, folder: Path) -> None:
     path.write_bytes(as_model(layer, body="integer").SerializeToString())
     per_frame = layer.rows.tokens_per_frame(x.shape[-2], FRAMES)
     found = LayerModels(path, 1).run("linear", x, per_frame)
-    module = LowBitLinear(layer)
-    rows = module.quantize(torch.from_numpy(x))
-    np.testing.assert_array_equal(found.x_q, rows.x_q.flatten(0, 1).numpy())
-    np.testing.assert_array_equal(found.acc, module.accumulate(rows).flatten(0, 1).numpy())
+    reference = layer_reference(LowBitLinear(layer), torch.from_numpy(x))
+    np.testing.assert_array_equal(found.x_q, reference.outputs.x_q)
+    np.testing.assert_array_equal(found.acc, reference.outputs.acc)
+    parity = compare_layer(reference, found)
+    groups = layer.shape[1] // layer.group
+    assert (parity.xq_mismatches, parity.acc_mismatches) == (0, 0)
+    assert parity.acc_compared == groups * found.x_q.shape[0] * layer.shape[0]
     assert_same(found.y, layer, x)
 
 
@@ -155,6 +168,44 @@ def test_output_with_every_part(weight_bits: int, act_bits: int, act_symmetric: 
 def test_integers_are_equal(weight_bits: int, act_bits: int, act_symmetric: bool, zero: bool, tmp_path: Path) -> None:
     layer = make_layer(weight_bits, act_bits, act_symmetric, zero=zero, n=31, k=257)
     assert_integers(layer, make_input(layer), tmp_path)
+
+
+SHAPED = {"grouped": {"group": 8}, "rotated": {"rotate": True}, "both": {"group": 16, "rotate": True}}
+
+
+@pytest.mark.parametrize("shaped", SHAPED)
+@pytest.mark.parametrize("act_symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("act_bits", ACT_BITS)
+@pytest.mark.parametrize("weight_bits", WEIGHT_BITS)
+def test_groups_and_rotation(weight_bits: int, act_bits: int, act_symmetric: bool, shaped: str, tmp_path: Path) -> None:
+    for zero in (True, False):
+        layer = make_layer(weight_bits, act_bits, act_symmetric, zero=zero, bias=True, n=5, k=48, **SHAPED[shaped])
+        x = make_input(layer)
+        assert_integers(layer, x, tmp_path)
+        assert_same(run_onnx(as_model(layer, body="qdq"), x), layer, x)
+
+
+@pytest.mark.parametrize("act_symmetric", [True, False], ids=["symmetric", "asymmetric"])
+@pytest.mark.parametrize("k", [192, 256, 640])
+def test_rotated_integers_at_real_sizes(k: int, act_symmetric: bool, tmp_path: Path) -> None:
+    """The butterfly's bits are the same in both runtimes: a last bit off would move an x_q sooner or later."""
+    layer = make_layer(4, 8, act_symmetric, zero=True, smooth=True, n=9, k=k, group=64, rotate=True)
+    assert layer.rotation == {192: 64, 256: 256, 640: 128}[k]
+    for seed in range(3):
+        x = np.repeat(make_input(layer, seed), 8, axis=1)
+        assert_integers(layer, x * np.random.default_rng(seed).lognormal(0, 2, x.shape).astype(np.float32), tmp_path)
+
+
+def test_many_variants_share_a_model() -> None:
+    layers = tuple(replace(make_layer(n=32, k=32, **parts), name=name) for name, parts in SHAPED.items())
+    model = as_model(*layers, body="integer")
+    overloads = ["a8_symmetric_group8", "a8_symmetric_rotation32", "a8_symmetric_group16_rotation32"]
+    assert [f.overload for f in model.functions] == overloads
+    assert [onnx.helper.get_node_attr_value(node, "rotation") for node in model.graph.node] == [0, 32, 32]
+    x = expected = make_input(layers[0])
+    for layer in layers:
+        expected = LowBitLinear(layer)(torch.from_numpy(expected)).numpy()
+    assert np.linalg.norm(run_onnx(model, x) - expected) < 0.05 * np.linalg.norm(expected)
 
 
 @pytest.mark.parametrize("body", BODIES)
@@ -192,6 +243,8 @@ layers = st.builds(
     n=st.integers(1, 40),
     k=st.integers(1, 70),
     seed=st.integers(0, 2**31),
+    group=st.sampled_from([0, 1, 4, 16]),
+    rotate=st.booleans(),
 )
 
 
@@ -207,11 +260,12 @@ def test_any_layer(layer: LowBitLayer, seed: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("body", BODIES)
 @pytest.mark.parametrize("act_symmetric", [True, False], ids=["symmetric", "asymmetric"])
 @pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("shaped", [{"k": 13}, {"k": 16, "group": 4}, {"k": 24, "rotate": True}], ids=str)
 @pytest.mark.parametrize("bad", [(np.nan,), (np.inf,), (-np.inf,), (np.inf, -np.inf), (np.nan, np.inf)], ids=str)
 def test_bad_rows_give_nan_and_spoil_no_other(
-    bad: tuple[float, ...], rank: int, act_symmetric: bool, body: str
+    bad: tuple[float, ...], shaped: dict[str, Any], rank: int, act_symmetric: bool, body: str
 ) -> None:
-    layer = make_layer(act_symmetric=act_symmetric, zero=True, bias=True, rank=rank)
+    layer = make_layer(act_symmetric=act_symmetric, zero=True, bias=True, rank=rank, **shaped)
     x = make_input(layer)
     model = as_model(layer, body=body)
     clean = run_onnx(model, x)
@@ -279,9 +333,13 @@ def test_overloads_of_one_model_do_not_mix(body: str) -> None:
 
 
 def test_overload_names_are_unique() -> None:
-    variants = {Variant(bits, *flags) for bits in ACT_BITS for flags in itertools.product([True, False], repeat=6)}
-    assert len(variants) == 128
-    assert Counter(Counter(v.overload for v in variants).values()) == {1: 128}
+    flags = itertools.product([True, False], repeat=6)
+    sizes = itertools.product([0, 8, 64], [0, 8, 64])
+    variants = {
+        Variant(*parts) for parts in ((b, *f, *s) for b in ACT_BITS for f, s in itertools.product(flags, sizes))
+    }
+    assert Counter(Counter(v.overload for v in variants).values()) == {1: len(variants)}
+    assert len(variants) >= 64 * 9
 
 
 @pytest.mark.parametrize("body", BODIES)
@@ -306,7 +364,7 @@ def test_node_tells_its_bits() -> None:
     layer = make_layer(3, 6, act_symmetric=False, zero=True)
     (node,) = as_model(layer, body="qdq").graph.node
     found = {name: onnx.helper.get_node_attr_value(node, name) for name in ATTRIBUTES}
-    assert found == {"weight_bits": 3, "act_bits": 6, "act_symmetric": 0}
+    assert found == {"weight_bits": 3, "act_bits": 6, "act_symmetric": 0, "rotation": 0}
     assert list(node.input) == ["x", "linear:weight_q", "linear:weight_scale", "linear:weight_zero"]
 
 

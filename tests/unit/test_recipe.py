@@ -83,7 +83,13 @@ def named(**fields):
         (named(tqe={"rank": "one"}), "'one'"),
         (named(tqe={"rank": 1.5}), "1.5"),
         (named(tqe={"rank": True}), "True"),
-        (named(tqe={"start": "svd"}), "'svd'"),
+        (named(tqe={"start": "pca"}), "'pca'"),
+        (named(weights={"group": -1}), "-1"),
+        (named(weights={"clip_grid": "dirty"}), "'dirty'"),
+        (named(smoothing={"statistic": "max"}), "'max'"),
+        (named(rotation="givens"), "'givens'"),
+        (named(rotation=True), "True"),
+        (named(distillation={"relation": "channels"}), "'channels'"),
         (named(tqe=None), "None"),
         (named(tqe=3), "3"),
         (named(activations={"symmetric": 1}), "1"),
@@ -119,9 +125,9 @@ def test_wrong_recipes(tmp_path, content, got):
 
 
 def test_a_wrong_value_is_told_with_its_place_and_what_is_right(tmp_path):
-    error = error_of(tmp_path, named(tqe={"start": "svd"}))
+    error = error_of(tmp_path, named(tqe={"start": "pca"}))
     assert error.got.endswith("mine.yaml: tqe: start")
-    assert error.expected == "one of closed_form, zeros"
+    assert error.expected == "one of closed_form, zeros, svd"
     error = error_of(tmp_path, named(weights={"rounding": 3}))
     assert error.expected == "one of nearest, second_order"
     error = error_of(tmp_path, named(layer_bits={"*": 5}))

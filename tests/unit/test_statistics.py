@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -10,6 +12,7 @@ from qvdit.contract import FrameRows, QvditError
 from qvdit.method.calibration import CalibrationData, CalibrationPlan, record
 from qvdit.method.statistics import collect, load
 from qvdit.models import Site, WanAdapter
+from qvdit.reference import world
 
 
 class StoppedError(Exception):
@@ -62,7 +65,7 @@ def test_by_hand(by_hand, tmp_path):
     x = statistics.of(SITES[0])
     assert statistics.of(SITES[1]) is x
     # every batch weighs the same, however many records it has
-    torch.testing.assert_close(x.abs_max, torch.tensor([(3 + 20 + 4) / 3, (4 + 1 + 0) / 3]))
+    torch.testing.assert_close(x.abs_max_by_step, torch.tensor([[(3 + 4) / 2, (4 + 0) / 2], [20.0, 1.0]]))
     torch.testing.assert_close(x.mean, torch.tensor([(4 / 4 - 10 / 2 + 4 / 2) / 3, (0 / 4 + 2 / 2 + 0) / 3]))
     first = torch.tensor([[1.0 + 9, 2 - 12], [2 - 12, 4 + 16 + 4]]) / 4
     second = torch.tensor([[500.0, -10], [-10, 2]]) / 2
@@ -71,10 +74,10 @@ def test_by_hand(by_hand, tmp_path):
     # hidden is (2 x₀, 3 x₁)
     factors = torch.tensor([2.0, 3.0])
     hidden = statistics.of(SITES[2])
-    torch.testing.assert_close(hidden.abs_max, x.abs_max * factors)
+    torch.testing.assert_close(hidden.abs_max_by_step, x.abs_max_by_step * factors)
     torch.testing.assert_close(hidden.mean, x.mean * factors)
     torch.testing.assert_close(hidden.second_moment, x.second_moment * torch.outer(factors, factors))
-    for tensor in (x.abs_max, x.mean, x.second_moment):
+    for tensor in (x.abs_max_by_step, x.mean, x.second_moment):
         assert tensor.dtype == torch.float32
 
 
@@ -95,7 +98,7 @@ def test_each_batch_runs_once(by_hand, tmp_path):
 def assert_same(found, expected):
     assert set(found.inputs) == set(expected.inputs)
     for name, theirs in expected.inputs.items():
-        for field in ("abs_max", "mean", "second_moment"):
+        for field in ("abs_max_by_step", "mean", "second_moment"):
             assert torch.equal(getattr(found.inputs[name], field), getattr(theirs, field)), (name, field)
 
 
@@ -148,6 +151,32 @@ def test_no_statistics_are_told(tmp_path, content):
         load(path)
 
 
+def test_steps_are_in_the_order_of_the_trajectory(tmp_path):
+    """Most noise first, by number and not by name; a step that one shard lacks is the mean of the others."""
+    steps = [10, 2, 0]
+    first = shard(tmp_path / "0", [[[step + 1.0, 0]] for step in steps], steps)
+    second = shard(tmp_path / "1", [[[5.0, 0]]], [2])
+    statistics = collect(TwoReaders(), SITES, CalibrationData((first, second)), tmp_path / "statistics")
+    assert statistics.of(SITES[0]).abs_max_by_step[:, 0].tolist() == [1.0, (3 + 5) / 2, 11.0]
+
+
+def older(path):
+    """Statistics as they were before they told the time steps apart."""
+    counts = {"counts": json.dumps({"shards": 2, "batches": 3})}
+    tensors = {f"{x}:{field}": torch.zeros(2) for x in ("x", "hidden") for field in ("abs_max", "mean")}
+    save_file(
+        {**tensors, "x:second_moment": torch.zeros(2, 2), "hidden:second_moment": torch.zeros(2, 2)}, path, counts
+    )
+
+
+def test_statistics_of_an_older_version_are_told_or_collected_again(by_hand, tmp_path):
+    whole = collect(TwoReaders(), SITES, by_hand, tmp_path / "whole")
+    older(tmp_path / "old")
+    with pytest.raises(QvditError, match="no statistics at"):
+        load(tmp_path / "old")
+    assert_same(collect(TwoReaders(), SITES, by_hand, tmp_path / "old"), whole)
+
+
 def test_statistics_without_their_counts_are_told(tmp_path):
     save_file({"x:mean": torch.zeros(2)}, tmp_path / "statistics")
     with pytest.raises(QvditError, match="no statistics at"):
@@ -156,7 +185,7 @@ def test_statistics_without_their_counts_are_told(tmp_path):
 
 @pytest.fixture
 def recorded(tiny_pipeline, tmp_path):
-    prompts = ("a red circle moving up on a black background", "a cyan cross moving left on a teal background")
+    prompts = (world.EXAMPLE, world.EXAMPLE.replace("red", "cyan"))
     plan = CalibrationPlan(prompts, steps=2, records=2)
     return record(tiny_pipeline, WanAdapter(), plan, tmp_path / "data")
 
@@ -173,13 +202,13 @@ def test_a_model_against_a_direct_computation(tiny_wan, recorded, tmp_path):
         for batch in recorded.batches():
             tiny_wan(**batch, return_dict=False)
     for site in sites:  # all of them: those that share an input read the same one
-        inputs = [x.flatten(0, -2) for x in seen[site.name]]
+        inputs = [x.flatten(0, -2) for x in seen[site.name]]  # by prompt, and of each the first step and the last
         assert len(inputs) == 4
         found = statistics.of(site)
-        abs_max = torch.stack([x.abs().amax(0) for x in inputs]).mean(0)
+        abs_max = torch.stack([x.abs().amax(0) for x in inputs]).reshape(2, 2, -1).mean(0)
         mean = torch.stack([x.mean(0) for x in inputs]).mean(0)
         moment = torch.stack([x.T @ x / len(x) for x in inputs]).mean(0)
-        torch.testing.assert_close(found.abs_max.double(), abs_max, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(found.abs_max_by_step.double(), abs_max, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(found.mean.double(), mean, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(found.second_moment.double(), moment, rtol=1e-4, atol=1e-5)
 

@@ -11,10 +11,13 @@ import torch
 
 from qvdit.reference import measure, world
 from qvdit.reference.measure import ATTRIBUTES, METRICS
-from qvdit.reference.world import Scene, SceneBatch, parse_prompt
+from qvdit.reference.world import Scene, SceneBatch, Thing, parse_prompt
 
-ALL = [Scene(*names) for names in itertools.product(world.SHAPES, world.COLOURS, world.DIRECTIONS, world.BACKGROUNDS)]
-SCENE = Scene("triangle", "cyan", "down-right", "brown")
+SCENE = Scene(
+    Thing("triangle", "cyan", "moving down-right"), Thing("square", "white", "circling counter-clockwise"), "brown"
+)
+WORDS = "a cyan triangle moving down-right in front of a white square circling counter-clockwise on a brown background"
+THINGS = [Thing(*names) for names in itertools.product(world.SHAPES, world.COLOURS, world.MOTIONS)]
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -22,26 +25,31 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def test_prompts_and_scenes_are_one_to_one():
-    prompts = {scene.prompt: scene for scene in ALL}
-    assert len(prompts) == 1024
-    for prompt, scene in prompts.items():
-        assert parse_prompt(prompt) == scene
-    assert SCENE.prompt == "a cyan triangle moving down-right on a brown background"
-    assert parse_prompt(f"  {SCENE.prompt.upper()} ") == SCENE
+    assert SCENE.prompt == WORDS
+    assert parse_prompt(f"  {WORDS.upper()} ") == SCENE
+    assert parse_prompt(world.EXAMPLE).prompt == world.EXAMPLE
+    assert parse_prompt(WORDS.replace("white", "orange").replace("a orange", "an orange")).back.colour == "orange"
+    for thing in THINGS:
+        other = dataclasses.replace(SCENE.back, colour="red" if thing.colour != "red" else "blue")
+        for scene in (Scene(thing, other, "teal"), Scene(other, thing, "grey")):
+            assert parse_prompt(scene.prompt) == scene
 
 
 @pytest.mark.parametrize(
     ("prompt", "told"),
     [
-        ("", "expected 'a <colour>"),
-        ("a cyan triangle", "expected 'a <colour>"),
-        (SCENE.prompt + " at night", "expected 'a <colour>"),
-        ("the" + SCENE.prompt[1:], "expected 'a <colour>"),
-        (SCENE.prompt.replace("cyan", "pink"), "'pink' is not one of red, green"),
-        (SCENE.prompt.replace("triangle", "star"), "'star' is not one of circle, square"),
-        (SCENE.prompt.replace("down-right", "sideways"), "'sideways' is not one of right"),
-        (SCENE.prompt.replace("brown", "cyan"), "'cyan' is not one of black"),
-        (SCENE.prompt.replace("cyan triangle", "triangle cyan"), "'cyan' is not one of circle"),
+        ("", "expected the form of 'a red circle"),
+        ("a cyan triangle", "expected the form of 'a red circle"),
+        (WORDS + " at night", "expected the form of 'a red circle"),
+        ("the" + WORDS[1:], "expected the form of 'a red circle"),
+        (WORDS.replace("in front of", "behind"), "expected the form of 'a red circle"),
+        (WORDS.replace("cyan", "pink"), "'pink' is not one of red, green"),
+        (WORDS.replace("triangle", "star"), "'star' is not one of circle, square"),
+        (WORDS.replace("down-right", "sideways"), "'moving sideways' is not one of moving right"),
+        (WORDS.replace("circling", "moving"), "'moving counter-clockwise' is not one of moving right"),
+        (WORDS.replace("brown", "cyan"), "'cyan' is not one of black"),
+        (WORDS.replace("cyan triangle", "triangle cyan"), "is not one of"),
+        (WORDS.replace("white", "cyan"), "two cyan things cannot be told apart"),
     ],
 )
 def test_prompts_that_are_not_understood(prompt, told):
@@ -52,14 +60,22 @@ def test_prompts_that_are_not_understood(prompt, told):
 
 
 def test_scene_batches_are_indices():
-    batch = SceneBatch.from_scenes(ALL)
-    assert batch.scenes() == ALL
-    index = ALL.index(SCENE)
-    assert (batch.shape[index], batch.colour[index], batch.direction[index], batch.background[index]) == (2, 5, 1, 2)
-    tokens = batch.tokens()
-    assert tokens[index].tolist() == [1 + 2, 1 + 4 + 5, 1 + 4 + 8 + 1, 1 + 4 + 8 + 8 + 2]
-    assert len({tuple(row) for row in tokens.tolist()}) == 1024
-    assert sorted(tokens.unique().tolist()) == list(range(1, world.VOCABULARY))
+    batch = SceneBatch.from_scenes([SCENE])
+    assert batch.scenes() == [SCENE]
+    assert batch.shape.tolist() == [[2, 1]]
+    assert batch.colour.tolist() == [[5, 7]]
+    assert batch.motion.tolist() == [[1, 9]]
+    assert batch.background.tolist() == [2]
+    back = 1 + 4 + 8 + 10
+    front = [1 + 2, 1 + 4 + 5, 1 + 4 + 8 + 1]
+    assert batch.tokens().tolist() == [[*front, back + 1, back + 4 + 7, back + 4 + 8 + 9, back + 22 + 2]]
+
+
+def test_drawn_scenes_use_every_word_and_never_one_colour_twice():
+    batch = SceneBatch.draw(4096, seeded())
+    assert SceneBatch.from_scenes(batch.scenes()).tokens().equal(batch.tokens())
+    assert sorted(batch.tokens().unique().tolist()) == list(range(1, world.VOCABULARY))
+    assert (batch.colour[:, 0] != batch.colour[:, 1]).all()
 
 
 def test_drawing_follows_its_generator():
@@ -77,35 +93,62 @@ def test_velocities():
     assert found["down-left"] == pytest.approx([-1.2 / math.sqrt(2), 1.2 / math.sqrt(2)])
 
 
-def test_paths_start_straight_and_stay_inside():
-    scenes = SceneBatch.from_scenes(ALL)
-    centres = world.paths(scenes, seeded())
-    assert centres.shape == (1024, 16, 2)
+@pytest.fixture(scope="module")
+def many_paths():
+    scenes = SceneBatch.draw(2048, seeded())
+    return scenes, world.paths(scenes, seeded(1))
+
+
+def test_straight_paths_start_straight_and_stay_inside(many_paths):
+    scenes, centres = many_paths
+    assert centres.shape == (2048, 2, 16, 2)
     assert centres.min() >= world.MARGIN - 1e-4
     assert centres.max() <= world.SIZE - world.MARGIN + 1e-4
-    steps = centres.diff(dim=1)
-    straight = world.velocities("cpu")[scenes.direction][:, None].expand(-1, world.STRAIGHT_STEPS, -1)
-    torch.testing.assert_close(steps[:, : world.STRAIGHT_STEPS], straight, rtol=0, atol=1e-4)
+    straight = scenes.motion < len(world.DIRECTIONS)
+    steps = centres.diff(dim=2)[straight]
+    expected = world.velocities("cpu")[scenes.motion[straight]][:, None].expand(-1, world.STRAIGHT_STEPS, -1)
+    torch.testing.assert_close(steps[:, : world.STRAIGHT_STEPS], expected, rtol=0, atol=1e-4)
     assert (steps.norm(dim=-1) <= world.SPEED + 1e-4).all()
+
+
+def test_circling_paths_turn_as_they_are_named(many_paths):
+    scenes, centres = many_paths
+    clockwise = world.MOTIONS.index("circling clockwise")
+    for motion, sign in ((clockwise, 1), (clockwise + 1, -1)):
+        steps = centres.diff(dim=2)[scenes.motion == motion]  # y points down: clockwise turns x towards y
+        cross = steps[:, :-1, 0] * steps[:, 1:, 1] - steps[:, :-1, 1] * steps[:, 1:, 0]
+        torch.testing.assert_close(steps.norm(dim=-1), torch.full(steps.shape[:2], world.SPEED), rtol=0.005, atol=0)
+        assert (cross * sign > 0).all()
+
+
+def test_what_is_behind_is_never_hidden(many_paths):
+    """One scene in forty comes nearer than MIN_DISTANCE, because no start kept it; most cover each other at times."""
+    _, centres = many_paths
+    distance = (centres[:, 0] - centres[:, 1]).norm(dim=-1).amin(-1)
+    assert (distance < world.MIN_DISTANCE).float().mean() < 0.04
+    assert distance.min() > 2
+    assert (distance < 9).float().mean() > 0.5
 
 
 def test_shapes_have_like_areas_and_are_centred():
     cover = world.coverage(torch.tensor([[16.0, 16.0], [13.3, 18.9]]))
     assert cover.shape == (2, 4, 32, 32)
     areas = cover.sum((-1, -2))
-    assert ((areas > 108) & (areas < 120)).all()
+    assert ((areas > 70) & (areas < 78)).all()
     axis = torch.arange(32) + 0.5
     x, y = (cover.sum(-2) * axis).sum(-1) / areas, (cover.sum(-1) * axis).sum(-1) / areas
     torch.testing.assert_close(x, torch.tensor([16.0, 13.3])[:, None].expand(2, 4), rtol=0, atol=0.1)
     torch.testing.assert_close(y, torch.tensor([16.0, 18.9])[:, None].expand(2, 4), rtol=0, atol=0.1)
 
 
-def test_render_mixes_two_colours():
+def test_render_draws_the_front_over_the_back():
     scenes = SceneBatch.from_scenes([SCENE])
-    video = world.render(scenes, torch.full((1, 16, 2), 16.0))
-    pixels = (video + 1) / 2
+    centres = torch.full((1, 2, 16, 2), 16.0)
+    centres[:, 1, :, 0] = 20.0
+    pixels = (world.render(scenes, centres) + 1) / 2
     torch.testing.assert_close(pixels[0, :, 0, 0, 0], torch.tensor(world.BACKGROUNDS["brown"]))
-    torch.testing.assert_close(pixels[0, :, 9, 16, 16], torch.tensor(world.COLOURS["cyan"]))
+    torch.testing.assert_close(pixels[0, :, 9, 16, 17], torch.tensor(world.COLOURS["cyan"]))  # inside both
+    torch.testing.assert_close(pixels[0, :, 9, 16, 22], torch.tensor(world.COLOURS["white"]))
 
 
 @pytest.fixture(scope="module")
@@ -143,19 +186,38 @@ def test_drawn_videos_look_good(measured, name):
     assert measured[name].mean() > 0.9
 
 
+@pytest.mark.parametrize("thing", [0, 1])
 @pytest.mark.parametrize("name", ATTRIBUTES)
-def test_one_wrong_attribute_is_seen_and_no_other(drawn, name):
+def test_one_wrong_attribute_is_seen_and_no_other(drawn, name, thing):
     videos, scenes = first(drawn, 64)
-    sizes = {"colour": 8, "background": 4, "shape": 4, "direction": 8}
-    wrong = dataclasses.replace(scenes, **{name: (getattr(scenes, name) + 1) % sizes[name]})
-    found = measure.measure(videos, wrong)
-    for attribute in ATTRIBUTES:
-        if attribute == name:
-            assert found[attribute].mean() < 0.01
-        else:
-            assert found[attribute].mean() > 0.98
+    field = "motion" if name == "direction" else name
+    size = {"colour": 8, "background": 4, "shape": 4, "motion": 10}[field]
+    wrong = getattr(scenes, field).clone()
+    changed = wrong if name == "background" else wrong[:, thing]
+    changed += 1
+    if name == "colour":  # a third colour, not the other thing's
+        changed += (changed % size == wrong[:, 1 - thing]).long()
+    found = measure.measure(videos, dataclasses.replace(scenes, **{field: wrong % size}))
+    assert found[name].mean() < 0.01
     assert found["scene_consistency"].mean() < 0.01
+    if name == "colour":  # a thing is found by its colour: nothing can be said of one that is not there
+        assert found["background"].mean() > 0.98
+        return
+    for attribute in ATTRIBUTES:
+        assert attribute == name or found[attribute].mean() > 0.98
     assert 0.72 < found["overall_consistency"].mean() < 0.77
+
+
+def test_centres_are_found_behind_what_is_in_front():
+    scenes = SceneBatch.draw(256, seeded(5))
+    centres = world.paths(scenes, seeded(6))
+    seen = measure.observe(world.render(scenes, centres), scenes)
+    error = (seen.centres - centres).norm(dim=-1)
+    assert error[:, 0].mean() < 0.05
+    assert error[:, 1].mean() < 0.08
+    assert error.max() < 0.5
+    assert (seen.fit[:, 0] > 0.95).all()
+    assert (seen.fit[:, 1] > 0.8).all()  # less where half of it is hidden
 
 
 @pytest.mark.parametrize("spread", [0.1, 0.5, 1.0])
@@ -170,7 +232,7 @@ def test_noise_shows_no_scene(spread):
 
 def test_an_empty_video_has_no_subject():
     scenes = SceneBatch.from_scenes([SCENE])
-    empty = world.render(scenes, torch.full((1, 16, 2), -100.0))
+    empty = world.render(scenes, torch.full((1, 2, 16, 2), -100.0))
     found = {name: float(value) for name, value in measure.measure(empty, scenes).items()}
     assert found["background"] == 1
     for name in ("colour", "shape", "direction", "scene_consistency", "subject_consistency", "dynamic_degree"):
@@ -215,14 +277,14 @@ def test_shaking_is_not_smooth(drawn, measured):
 
 
 def test_noise_costs_imaging_quality(drawn):
-    """1 - RMSE / 0.25: noise of 0.05 in 0 … 1 costs a fifth."""
+    """1 - RMSE / 0.25: noise of 0.05 in 0 … 1 costs a fifth, and a little for the centres that it shakes."""
     videos, scenes = first(drawn, 16)
     clean = measure.measure(videos, scenes)["imaging_quality"]
     noisy = videos + 2 * 0.05 * torch.randn(videos.shape, generator=seeded())
     found = measure.measure(noisy, scenes)["imaging_quality"]
     assert (clean > 0.95).all()
-    assert found.median().item() == pytest.approx(0.8, abs=0.02)
-    assert found.max() < 0.82
+    assert 0.75 < found.median() < 0.8
+    assert found.max() < 0.8
 
 
 def test_psnr_by_hand():

@@ -76,9 +76,7 @@ def measurements(videos: torch.Tensor, trial: Trial) -> dict[str, torch.Tensor]:
         scenes = [world.parse_prompt(prompt) for prompt in trial.prompts]
     except ValueError:
         return {}
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = measure.measure(videos.to(device), world.SceneBatch.from_scenes(scenes, device))
-    return {name: values.cpu() for name, values in found.items()}
+    return measure.measure(videos, world.SceneBatch.from_scenes(scenes, videos.device))
 
 
 def finite(value: float) -> float | None:

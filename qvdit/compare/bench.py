@@ -24,6 +24,8 @@ from qvdit.method.calibration import CalibrationData
 from qvdit.method.recipe import Recipe
 from qvdit.models import Site
 from qvdit.models.loading import SourceModel
+from qvdit.quality import measurements
+from qvdit.reference.measure import psnr
 
 Stage = Callable[[str, int, int], None]
 """Called with the name of what is being done, how much of it is done and how much there is."""
@@ -135,6 +137,12 @@ class Bench:
         """The quantized model's videos of the trial, as :attr:`reference`."""
         with self._installed(layers):
             return self._sample("sampling")
+
+    def measure(self, videos: torch.Tensor, reference: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """Measurements [B] of the trial's videos by name, with their PSNR where there is a reference."""
+        videos = videos.to(self.device)
+        values = measurements(videos, self.terms.trial)
+        return values if reference is None else {**values, "psnr_db": psnr(videos, reference.to(self.device))}
 
     def keep(self, name: str, layers: tuple[Layer, ...], recipe: Recipe, bits: Bits) -> None:
         """Save frozen layers under a name."""

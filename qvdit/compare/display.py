@@ -72,10 +72,10 @@ def duration(seconds: float) -> str:
 
 
 def tables(cells: Sequence[Cell]) -> Iterator[Table]:
-    """The most telling columns, a table for each model."""
+    """The most telling columns, a table for each model: effective bits, steps of distillation, and two metrics."""
     for model, members in itertools.groupby(cells, key=lambda cell: cell["model"]):
         shown = Table(title=model, title_justify="left")
-        for heading in ("width", "recipe", "bits", "distilled", "scene", "PSNR, dB"):
+        for heading in ("width", "recipe", "bits", "steps", "scene", "PSNR, dB"):
             shown.add_column(heading, no_wrap=True)
         for (bits, regime), group in itertools.groupby(members, key=lambda cell: (cell["bits"], cell["regime"])):
             for cell in group:
@@ -89,7 +89,7 @@ def _row(cell: Cell) -> tuple[str, ...]:
     return (
         cell["recipe"],
         f"{cell['effective_weight_bits']:.2f}",
-        f"{steps} steps" if steps else "",
+        str(steps or ""),
         value_text(cell, "scene_consistency"),
         "" if cell["recipe"] == FULL else value_text(cell, "psnr_db"),
     )

@@ -22,12 +22,13 @@ from qvdit.compare.plan import (
     trains,
 )
 from qvdit.compare.store import Record, Store
+from qvdit.compare.table import COLUMNS
 from qvdit.contract import QvditError
 from qvdit.contract.layer import WeightSize
 from qvdit.method.recipe import Recipe
 from qvdit.models.loading import SourceModel
-from qvdit.quality import finite, means_and_errors, measurements
-from qvdit.reference import measure
+from qvdit.quality import finite, means_and_errors
+from qvdit.reference.measure import ATTRIBUTES
 
 Item = Task | SweepRun
 Clock = Callable[[], float]
@@ -170,10 +171,10 @@ class Filling:
     # Cells ------------------------------------------------------------------------------------------------------------
 
     def _full_cell(self, task: Task) -> Record:
-        started = time.monotonic()
-        videos = self.bench(task.model).reference
-        record = self._record(task, videos, None, time.monotonic() - started)
-        return {**record, "seconds": 0.0, "distillation_steps": 0}
+        bench, started = self.bench(task.model), time.monotonic()
+        videos = bench.reference
+        seconds = time.monotonic() - started
+        return {**self._record(task, bench.measure(videos), None, seconds), "seconds": 0.0, "distillation_steps": 0}
 
     def _cell(self, task: Task, recipe: Recipe) -> Record:
         bench = self.bench(task.model)
@@ -183,10 +184,10 @@ class Filling:
         quantized = self._swept(task, rate, tried) or self._quantize(bench, recipe, task, rate)
         started = time.monotonic()
         videos = bench.sample(quantized.layers)
-        record = self._record(task, videos, WeightSize.of(quantized.layers), time.monotonic() - started)
-        record["metrics"] |= means_and_errors({"psnr_db": measure.psnr(videos, reference)})
+        seconds = time.monotonic() - started
+        values = bench.measure(videos, reference)
         return {
-            **record,
+            **self._record(task, values, WeightSize.of(quantized.layers), seconds),
             **_cost(quantized),
             "distillation_steps": 0 if rate is None else self.terms.training.steps,
             "distillation_batch": None if rate is None else self.terms.training.batch,
@@ -210,10 +211,11 @@ class Filling:
         applied = dataclasses.replace(applied, layer_bits=layer_bits(task.regime, bench.sites))
         return bench.quantize(applied, task.bits, 0 if rate is None else training.steps)
 
-    def _record(self, task: Task, videos: torch.Tensor, size: WeightSize | None, seconds: float) -> Record:
+    def _record(
+        self, task: Task, values: dict[str, torch.Tensor], size: WeightSize | None, sampling_seconds: float
+    ) -> Record:
         """What all cells say."""
         model, recipe, bits, regime = task.label
-        values = measurements(videos, self.terms.trial)
         found = means_and_errors(values)
         return {
             "model": model,
@@ -222,10 +224,10 @@ class Filling:
             "regime": regime,
             "nominal_weight_bits": _FULL_WEIGHT_BITS if size is None else size.nominal_bits,
             "effective_weight_bits": _FULL_WEIGHT_BITS if size is None else size.effective_bits,
-            "sampling_seconds": round(seconds, 3),
-            "metrics": {name: found[name] for name in measure.METRICS},
-            "attributes": {name: found[name] for name in measure.ATTRIBUTES},
-            "videos": len(videos),
+            "sampling_seconds": round(sampling_seconds, 3),
+            "metrics": {name: found[name] for name in COLUMNS if name in found},
+            "attributes": {name: found[name] for name in ATTRIBUTES},
+            "videos": len(self.terms.trial.prompts),
             "seeds": self.terms.seeds,
             "sampling_precision": self.terms.precision,
             "terms": self.terms.digest(),

@@ -67,7 +67,7 @@ BAR = {"colour": 0.98, "background": 0.98, "shape": 0.90, "direction": 0.90}
 EMA = 0.999
 DROP_CONDITION = 0.1
 WARM_UP_STEPS = 200
-SHIFT = 2.0  # towards noise, where it is decided what moves where
+SHIFT = 3.0  # towards noise, where it is decided what moves where
 
 
 def build(name: str, device: torch.device, seed: int) -> tuple[torch.nn.Module, PromptTable]:

@@ -1,8 +1,8 @@
 """The drawn video world: two coloured shapes, one in front of the other, that move over a plain background.
 
-A shape goes straight and bounces off the edges, or circles. Every video follows from a :class:`Scene` and where its
-things start, so its quality can be measured from pixels (:mod:`qvdit.reference.measure`) with no learned judge.
-Symbols: B batch, T frames, H height, W width. A scene's things come in the order (front, back).
+A shape goes straight and bounces off the edges, or circles from the top of its circle. Every video follows from a
+:class:`Scene` and where its things start, so its quality can be measured from pixels (:mod:`qvdit.reference.measure`)
+with no learned judge. Symbols: B batch, T frames, H height, W width. A scene's things come in the order (front, back).
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def paths(scenes: SceneBatch, generator: torch.Generator) -> torch.Tensor:
     Of _STARTS pairs, the first that keeps MIN_DISTANCE throughout; if none does, the one that keeps the most.
     """
     motion = scenes.motion[:, None].expand(-1, _STARTS, -1)  # [B, S, 2]
-    unit = torch.rand(*motion.shape, 3, generator=generator, device=motion.device)
+    unit = torch.rand(*motion.shape, 2, generator=generator, device=motion.device)
     centres = torch.where((motion < len(DIRECTIONS))[..., None, None], _straight(motion, unit), _circle(motion, unit))
     nearest = (centres[:, :, 0] - centres[:, :, 1]).norm(dim=-1).amin(-1)  # [B, S]
     order = torch.arange(_STARTS, device=motion.device)
@@ -223,7 +223,7 @@ def paths(scenes: SceneBatch, generator: torch.Generator) -> torch.Tensor:
 
 
 def _straight(motion: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
-    """Straight paths [..., T, 2] that reflect at MARGIN, from random numbers unit [..., 3] in 0 … 1.
+    """Straight paths [..., T, 2] that reflect at MARGIN, from random numbers unit [..., 2] in 0 … 1.
 
     The start leaves room for STRAIGHT_STEPS steps in the named direction.
     """
@@ -232,7 +232,7 @@ def _straight(motion: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
     straight = velocity * STRAIGHT_STEPS
     low = (-straight).clamp(min=0)
     high = span - straight.clamp(min=0)
-    start = low + unit[..., :2] * (high - low)
+    start = low + unit * (high - low)
     steps = torch.arange(FRAMES, device=motion.device, dtype=torch.float32)
     free = start[..., None, :] + velocity[..., None, :] * steps[:, None]
     folded = torch.remainder(free, 2 * span)
@@ -240,12 +240,14 @@ def _straight(motion: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
 
 
 def _circle(motion: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
-    """Circular paths [..., T, 2] of RADIUS around a random middle, from a random phase. unit: [..., 3] in 0 … 1."""
+    """Circular paths [..., T, 2] of RADIUS around a random middle, unit [..., 2] in 0 … 1, from the top of the circle.
+
+    From a random phase the two senses would look alike on average, and a model of this size would not tell them apart.
+    """
     low = MARGIN + RADIUS
-    middle = low + unit[..., :2] * (SIZE - 2 * low)
+    middle = low + unit * (SIZE - 2 * low)
     steps = torch.arange(FRAMES, device=motion.device, dtype=torch.float32)
-    angle = 2 * math.pi * unit[..., 2:] + turns(motion)[..., None] * steps
-    # The chord of a step is SPEED to within half a percent.
+    angle = turns(motion)[..., None] * steps - math.pi / 2  # the chord of a step is SPEED to within half a percent
     return middle[..., None, :] + RADIUS * torch.stack([angle.cos(), angle.sin()], dim=-1)
 
 

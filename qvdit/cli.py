@@ -300,7 +300,7 @@ def compare(
 
     Writes OUT/quality.json, OUT/table.md, OUT/widths.png and OUT/bits.png.
 
-    On two cores, in a minute or two:
+    On two cores, in a few minutes:
 
     qvdit compare --models wan-shapes --recipes rtn,smoothquant --bits w4a8,w2a6 --videos 4 --seeds 1 --prompt-count 2
     --steps 4 --out out/small

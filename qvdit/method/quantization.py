@@ -202,6 +202,8 @@ def _round(prepared: Prepared, bits: int, recipe: Recipe, generator: torch.Gener
     if start == "svd":
         alpha, beta = tqe.best_approximation(weight, rank)
         weight = weight - (alpha @ beta).T
+    # Not the covariance, though the bias may carry the mean: every time step has a mean of its own, the bias carries
+    # their mean alone. On wan-shapes the centred moment made the model's error 0.3 % (w3a6) and 3.6 % (w4a8) larger.
     grid, latent = _on_grid(weight, bits, prepared.second_moment, recipe)
     error = weight - grid.dequantize(grid.quantize(latent))
     if start == "zeros":

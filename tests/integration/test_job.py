@@ -25,6 +25,7 @@ from qvdit.contract import QvditError, checkpoint
 from qvdit.contract.bundle import PARITY_INPUTS, PARITY_REFERENCE, verify
 from qvdit.contract.layer import WeightSize
 from qvdit.job import STAGES
+from qvdit.method import recipe as recipes
 from qvdit.runtimes.parity import check_bundle
 
 SCRIPTS = Path(sys.executable).parent
@@ -594,7 +595,7 @@ def test_doctor_command(cli: Any) -> None:
     code, stdout, stderr = cli("qvdit", "doctor")
     assert (code, stderr) == (0, "")
     assert f"onnx {onnx.__version__}" in stdout
-    assert "recipes: int8-static" in stdout
+    assert f"recipes: {', '.join(recipes.names())}" in stdout
     assert "onnxruntime target: ready" in stdout
     assert "tensorrt target: " in stdout
 

@@ -31,7 +31,7 @@ _BITS = (
     f"wXaY: weights of X = {', '.join(map(str, WEIGHT_BITS))} bits, activations of Y = {', '.join(map(str, ACT_BITS))}."
 )
 
-Model = Annotated[str, typer.Option(help="A diffusers pipeline's folder, or the shipped model wan-shapes.")]
+Model = Annotated[str, typer.Option(help="A diffusers pipeline's folder, or a shipped model: wan-shapes, latte-shapes.")]
 Out = Annotated[Path, typer.Option(help="The bundle's folder. Finished stages in it are reused.")]
 BitsOption = Annotated[str, typer.Option(help=_BITS)]
 RecipeOption = Annotated[str, typer.Option(help="The method: a name that `qvdit doctor` lists, or a YAML file.")]

@@ -16,7 +16,7 @@ from qvdit.contract import QvditError
 from qvdit.contract.files import inside, read_json, sha256
 from qvdit.models import ADAPTERS, ModelAdapter
 
-SHIPPED = {"wan-shapes": Path(__file__).parent.parent / "reference" / "wan-shapes"}
+SHIPPED = {name: Path(__file__).parent.parent / "reference" / name for name in ("wan-shapes", "latte-shapes")}
 """Reference models that come with the package, by name."""
 
 WORLD_PIPELINE = "PixelVideoPipeline"

@@ -31,7 +31,7 @@ _BITS = (
     f"wXaY: weights of X = {', '.join(map(str, WEIGHT_BITS))} bits, activations of Y = {', '.join(map(str, ACT_BITS))}."
 )
 
-Model = Annotated[str, typer.Option(help="A diffusers pipeline's folder, or a shipped model: wan-shapes, latte-shapes.")]
+Model = Annotated[str, typer.Option(help="A diffusers pipeline's folder, or wan-shapes or latte-shapes (shipped).")]
 Out = Annotated[Path, typer.Option(help="The bundle's folder. Finished stages in it are reused.")]
 BitsOption = Annotated[str, typer.Option(help=_BITS)]
 RecipeOption = Annotated[str, typer.Option(help="The method: a name that `qvdit doctor` lists, or a YAML file.")]
@@ -148,7 +148,10 @@ for _name, _last, _help in (
 def run(
     bundle: Bundle,
     out: Annotated[Path, typer.Option(help="The video to write: .webp (lossless), .gif, or .safetensors for latents.")],
-    model: Model = "wan-shapes",
+    model: Annotated[
+        str | None,
+        typer.Option(help="The bundle's model: its pipeline's folder (default: the shipped one of its name)."),
+    ] = None,
     prompt: Annotated[str, typer.Option(help="What to sample.")] = (
         "a red circle moving right in front of a blue square circling clockwise on a grey background"
     ),
@@ -164,11 +167,11 @@ def run(
     from qvdit.videos import check_suffix, write_video
 
     check_suffix(out)
-    source = find_model(model)
     transformer = qvdit.runtimes.load(bundle, threads)
+    source = find_model(model or transformer.manifest.model)
     if transformer.manifest.source != source.fingerprint:
         raise QvditError(
-            f"--model {model}", f"the model of this bundle ({transformer.manifest.model})", "check --model"
+            f"--model {source.name}", f"the model of this bundle ({transformer.manifest.model})", "check --model"
         )
     with console.status("loading"):
         pipeline = source.load()

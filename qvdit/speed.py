@@ -113,8 +113,8 @@ def _random_layer(like: Layer, rng: np.random.Generator, bias: np.ndarray) -> La
         weight_zero=None if like.weight_zero is None else rng.integers(-half, half, grouped).astype(np.int8),
         bias=bias,
         inv_smooth=smooth,
-        alpha=rng.standard_normal((k, like.rank), dtype=np.float32) if like.rank else None,
-        beta=rng.standard_normal((like.rank, n), dtype=np.float32) if like.rank else None,
+        alpha=rng.standard_normal((k, like.rank)).astype(np.float16) if like.rank else None,
+        beta=rng.standard_normal((like.rank, n)).astype(np.float16) if like.rank else None,
         frame_gain=np.ones(frames, np.float32) if frames else None,
         rotation=rotation_block(k) if like.rotation else 0,
     )

@@ -240,8 +240,8 @@ def rtn_layers() -> Callable[..., tuple[Any, ...]]:
                     weight_scale=grid.scale.numpy(),
                     weight_zero=None if symmetric else grid.zero.to(torch.int8).numpy(),
                     bias=None if linear.bias is None else linear.bias.numpy(),
-                    alpha=rng.standard_normal((k, rank), dtype=np.float32) * size if rank else None,
-                    beta=rng.standard_normal((rank, n), dtype=np.float32) if rank else None,
+                    alpha=(rng.standard_normal((k, rank)) * size).astype(np.float16) if rank else None,
+                    beta=rng.standard_normal((rank, n)).astype(np.float16) if rank else None,
                     frame_gain=np.linspace(-1, 2, frames, dtype=np.float32) if gained else None,
                 )
             )

@@ -75,8 +75,8 @@ class LowBitLayer:
     weight_zero: np.ndarray | None = None  # int8, of the scale's shape
     bias: np.ndarray | None = None  # float32 [N]
     inv_smooth: np.ndarray | None = None  # float32 [K]; negative where a rotation's random sign is
-    alpha: np.ndarray | None = None  # float32 [K, R]
-    beta: np.ndarray | None = None  # float32 [R, N]
+    alpha: np.ndarray | None = None  # float16 [K, R]
+    beta: np.ndarray | None = None  # float16 [R, N]
     frame_gain: np.ndarray | None = None  # float32 [T]
     rotation: int = 0  # B of the Walsh-Hadamard transform that x · inv_smooth goes through; 0: none
 
@@ -110,7 +110,7 @@ class LowBitLayer:
         """Bits of everything stored for the layer, padding included, bias aside."""
         zero = 0 if self.weight_zero is None else 8 * self.weight_zero.size
         others = (self.weight_scale, self.inv_smooth, self.alpha, self.beta, self.frame_gain)
-        return padded_size(self.shape) * self.weight_bits + zero + sum(32 * a.size for a in others if a is not None)
+        return padded_size(self.shape) * self.weight_bits + zero + sum(8 * a.nbytes for a in others if a is not None)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 
 from qvdit.contract import LowBitLayer, StaticInt8Layer
@@ -20,7 +21,9 @@ class FrozenLinear(torch.nn.Module):
         self.layer = layer
         self.out_features, self.in_features = layer.shape
         for name, value in arrays(layer).items():
-            self.register_buffer(name, torch.from_numpy(value.copy()), persistent=False)
+            # Half is how a term is stored; it is computed in float32, as everything else.
+            kept = value.astype(np.float32) if value.dtype == np.float16 else value.copy()
+            self.register_buffer(name, torch.from_numpy(kept), persistent=False)
 
     def optional(self, name: str) -> torch.Tensor | None:
         """A buffer that a layer may lack."""

@@ -119,8 +119,9 @@ class TrainableLinear(torch.nn.Module):
     def fold(self) -> LowBitLayer:
         """Freeze: B·A disappears into the integers, everything else becomes an array of the operator."""
         grid = self.grid
-        used = self.beta is not None and bool(self.beta.any())  # a term that was never trained corrects nothing
-        alpha, beta, gain = (self.alpha, self.beta, self.gain) if used else (None, None, None)
+        alpha, beta, gain = None, None, None
+        if self.alpha is not None and self.beta is not None and bool(self.beta.any()):
+            (alpha, beta), gain = half_term(self.alpha, self.beta), self.gain  # one never trained corrects nothing
         return LowBitLayer(
             name=self.name,
             weight_bits=self.weight_bits,
@@ -132,11 +133,22 @@ class TrainableLinear(torch.nn.Module):
             weight_zero=self.zero.to(torch.int8).cpu().numpy() if bool(self.zero.any()) else None,
             bias=None if self.bias is None else _array(self.bias),
             inv_smooth=None if self.inv_smooth is None else _array(self.inv_smooth),
-            alpha=None if alpha is None else _array(alpha),
-            beta=None if beta is None else _array(beta),
+            alpha=alpha,
+            beta=beta,
             frame_gain=None if gain is None else _array(gain),
             rotation=self.rotation,
         )
+
+
+def half_term(alpha: torch.Tensor, beta: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """alpha [K, R] and beta [R, N] as float16, their product kept: each rank's two vectors are given the same peak.
+
+    What a half cannot hold of a correction, 2^-11 of it, is far below the rounding it corrects.
+    """
+    peaks = [alpha.detach().float().abs().amax(0), beta.detach().float().abs().amax(1)]  # [R] each
+    balance = (peaks[1] / peaks[0].clamp(min=1e-30)).sqrt()
+    balance = torch.where(balance > 0, balance, 1.0)
+    return _array(alpha * balance).astype(np.float16), _array(beta / balance[:, None]).astype(np.float16)
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:

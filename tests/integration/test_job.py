@@ -104,7 +104,7 @@ def test_report_of_parity(bundle: Path) -> None:
     parity = report["parity"]
     layers = checkpoint.load(bundle / "quantized").layers
     assert [layer["name"] for layer in parity["layers"]] == names_of(layers)
-    tokens = {name: 2 * (4 if ".attn2.to_k" in name or ".attn2.to_v" in name else 256) for name in names_of(layers)}
+    tokens = {name: 2 * (7 if ".attn2.to_k" in name or ".attn2.to_v" in name else 256) for name in names_of(layers)}
     assert parity["xq_compared"] == sum(tokens[layer.name] * layer.shape[1] for layer in layers)
     assert parity["acc_compared"] == sum(tokens[layer.name] * layer.shape[0] for layer in layers)
     assert parity["model_cosine"] > 0.9999

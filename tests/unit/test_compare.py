@@ -474,7 +474,7 @@ def test_wrong_settings(changes: dict[str, Any], message: str):
 
 def test_quantized_layers_run_without_autocast(tiny_wan: Any, rtn_layers: Any):
     layers = rtn_layers(tiny_wan, world.FRAMES, bits=4)
-    model_ = sampling.quantized_transformer(tiny_wan, layers)
+    model_ = sampling.quantized_transformer(tiny_wan, layers, WanAdapter())
     x = torch.randn(1, 5, 24, generator=torch.Generator().manual_seed(0))
     wrapped = model_.get_submodule(layers[0].name)
     expected = wrapped(x)
@@ -499,9 +499,14 @@ def test_quantized_models_sample_in_bf16(tiny_pipeline: Any, rtn_layers: Any, mo
     layers = rtn_layers(full, world.FRAMES, bits=8)
     found = {}
     for precision in ("fp32", "bf16"):
-        monkeypatch.setattr(sampling, "precision", lambda _, chosen=precision: chosen)
+        enabled = precision == "bf16"
+        monkeypatch.setattr(
+            sampling, "arithmetic", lambda _, enabled=enabled: torch.autocast("cpu", torch.bfloat16, enabled=enabled)
+        )
         for name in ("full", "quantized"):
-            tiny_pipeline.transformer = full if name == "full" else sampling.quantized_transformer(full, layers)
+            tiny_pipeline.transformer = (
+                full if name == "full" else sampling.quantized_transformer(full, layers, WanAdapter())
+            )
             found[precision, name] = sampling.sample(tiny_pipeline, trial, 2, "cpu", no_progress)
     assert all(videos.dtype == torch.float32 and videos.isfinite().all() for videos in found.values())
     for name in ("full", "quantized"):

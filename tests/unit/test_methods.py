@@ -189,12 +189,13 @@ def test_the_svd_branch_is_taken_out_before_rounding(make, wan_model):
     for name, layer in make(recipe).items():
         weight = wan_model.get_submodule(name).weight.numpy()
         u, sigma, vt = np.linalg.svd(weight.astype(np.float64))
-        branch = (layer.alpha @ layer.beta).T
-        np.testing.assert_allclose(branch, (u[:, :4] * sigma[:4]) @ vt[:4], atol=1e-5 * sigma[0])
+        branch = (layer.alpha.astype(np.float32) @ layer.beta.astype(np.float32)).T
+        halves = np.finfo(np.float16).eps * sigma[0]  # the branch is stored in half precision
+        np.testing.assert_allclose(branch, (u[:, :4] * sigma[:4]) @ vt[:4], atol=halves)
         left = weight - branch
         scale = np.repeat(layer.weight_scale.reshape(len(weight), -1), layer.group, 1)
         inside = np.abs(left / scale) < 7.5  # a clipped weight may be further off
-        assert np.abs(left - layer.weight_q * scale)[inside].max() <= 0.51 * scale.max()
+        assert np.abs(left - layer.weight_q * scale)[inside].max() <= 0.5 * scale.max() + halves
 
 
 @pytest.mark.parametrize(("name", "gain"), [("q-vdit-authors", 2.0), ("q-vdit-paper", 1.0)])

@@ -9,7 +9,7 @@ import torch
 from qvdit.contract import FrameRows
 from qvdit.method.lowbit import LowBitLinear
 from qvdit.method.quantization import near_integers
-from qvdit.method.training import TrainableLinear, round_through
+from qvdit.method.training import TrainableLinear, half_term, round_through
 from qvdit.method.weights import WeightGrid, round_second_order, search_grid
 
 N, K, T, P, R = 6, 40, 3, 4, 2
@@ -79,11 +79,13 @@ def test_folding_keeps_the_output(bits, act_symmetric, weight_symmetric, parts):
     folded = LowBitLinear(layer.fold())
     expected, found = layer(x), folded(x)
     terms = layer.quantized_input(x).abs() @ layer.quantized_weight().abs().T
-    if "tqe" in parts:
-        terms = terms + 1.6 * (layer.quantized_input(x).abs() @ layer.alpha.abs()) @ layer.beta.abs()
+    halves = torch.zeros_like(terms)
+    if "tqe" in parts:  # each of its two vectors is stored in half precision: eps / 2 of each value
+        halves = 1.6 * (layer.quantized_input(x).abs() @ layer.alpha.abs()) @ layer.beta.abs()
     if "bias" in parts:
         terms = terms + layer.bias.abs()
-    assert ((expected - found).abs() <= 16 * torch.finfo(torch.float32).eps * terms).all()
+    bound = 16 * torch.finfo(torch.float32).eps * (terms + halves) + 1.01 * torch.finfo(torch.float16).eps * halves
+    assert ((expected - found).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("act_bits", [6, 8])
@@ -100,12 +102,34 @@ def test_folded_arrays(act_bits):
     np.testing.assert_array_equal(folded.weight_q, integers.numpy())
     np.testing.assert_array_equal(folded.weight_zero, layer.zero.numpy())
     np.testing.assert_array_equal(folded.weight_scale, grid.scale.numpy())
-    for name, trained in (("alpha", layer.alpha), ("beta", layer.beta), ("frame_gain", layer.gain)):
-        array = getattr(folded, name)
-        assert array.dtype == np.float32
-        np.testing.assert_array_equal(array, trained.detach().numpy())
+    assert folded.frame_gain.dtype == np.float32
+    np.testing.assert_array_equal(folded.frame_gain, layer.gain.detach().numpy())
+    assert folded.alpha.dtype == folded.beta.dtype == np.float16
+    product = folded.alpha.astype(np.float64) @ folded.beta.astype(np.float64)
+    exact = (layer.alpha.double() @ layer.beta.double()).detach().numpy()
+    size = (layer.alpha.abs().double() @ layer.beta.abs().double()).detach().numpy()
+    assert (np.abs(product - exact) <= 1.01 * np.finfo(np.float16).eps * size).all()
     np.testing.assert_array_equal(folded.inv_smooth, layer.inv_smooth.numpy())
     np.testing.assert_array_equal(folded.bias, layer.bias.detach().numpy())
+
+
+@pytest.mark.parametrize("imbalance", [1e-9, 1.0, 1e9])
+def test_half_precision_holds_a_term_however_its_vectors_are_scaled(imbalance):
+    alpha, beta = draw(K, R) * imbalance, draw(R, N, seed=1) / imbalance
+    halves = half_term(alpha, beta)
+    assert all(np.isfinite(half).all() for half in halves)
+    np.testing.assert_allclose(np.abs(halves[0]).max(0), np.abs(halves[1]).max(1), rtol=2e-3)
+    found, expected = (
+        halves[0].astype(np.float64) @ halves[1].astype(np.float64),
+        (alpha.double() @ beta.double()).numpy(),
+    )
+    np.testing.assert_allclose(found, expected, atol=2e-3 * np.abs(expected).max())
+
+
+def test_a_term_that_corrects_nothing_is_kept_as_zeros():
+    alpha, beta = half_term(draw(K, R), torch.zeros(R, N))
+    assert np.isfinite(alpha).all()
+    assert not beta.any()
 
 
 def test_what_is_absent_stays_absent():

@@ -221,11 +221,15 @@ def _on_grid(
 ) -> tuple[weights.WeightGrid, torch.Tensor]:
     """The grid of a weight [N, K], and its latent weight."""
     block = recipe.weights
-    importance = moment.diagonal() if block.clip_by == "output" else None
+    importance = moment.diagonal() if block.clip_by != "weight" else None
     grid = weights.search_grid(weight, bits, bits >= block.symmetric_from, importance, block.group, block.clip_grid)
     if block.rounding == "nearest":
         return grid, weight
-    return grid, near_integers(weight, weights.round_second_order(weight, grid, moment), grid)
+    if block.clip_by == "rounded_output":
+        grid, weight_q = weights.search_second_order(weight, grid, moment)
+    else:
+        weight_q = weights.round_second_order(weight, grid, moment)
+    return grid, near_integers(weight, weight_q, grid)
 
 
 def near_integers(weight: torch.Tensor, weight_q: torch.Tensor, grid: weights.WeightGrid) -> torch.Tensor:

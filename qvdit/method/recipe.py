@@ -36,7 +36,8 @@ class WeightsBlock:
     """How weights are rounded."""
 
     symmetric_from: int = 9  # bits from which the grid is symmetric; 9: never, 2: always
-    clip_by: Literal["weight", "output"] = "weight"  # what the clip search keeps: the weight, or the layer's output
+    # What the clip search keeps: the weight, the layer's output, or its output after second-order rounding.
+    clip_by: Literal["weight", "output", "rounded_output"] = "weight"
     clip_grid: ClipGrid = "clean"
     group: int = 0  # input features that share a scale, as near to it as K allows; 0: all of a row
     rounding: Literal["nearest", "second_order"] = "nearest"
@@ -150,6 +151,9 @@ def _check_ranges(recipe: Recipe, where: str) -> None:
         raise QvditError(f"name: {recipe.name!r} in {where}", "letters, digits, '.', '_' and '-'", "mend it")
     for bits_name in recipe.smoothing.by_bits:
         Bits.parse(bits_name)
+    if recipe.weights.clip_by == "rounded_output" and recipe.weights.rounding != "second_order":
+        wanted = "weights.rounding: second_order beside it"
+        raise QvditError(f"weights.clip_by: rounded_output in {where}", wanted, "mend it, or use clip_by: output")
     tqe, distillation = recipe.tqe, recipe.distillation
     numbers: dict[str, tuple[float, float, float]] = {
         "tqe.rank": (tqe.rank, 0, MAX_RANK),

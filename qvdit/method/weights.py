@@ -14,6 +14,8 @@ from qvdit.contract.layer import group_size
 from qvdit.method.recipe import ClipGrid
 
 _MIN_SCALE = 1e-8
+_AROUND = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2)  # of the scale that nearest rounding likes best
+_TRIED_AT_ONCE = 1 << 26  # weights, to bound memory
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,35 @@ def damped(second_moment: torch.Tensor, damping: float = 0.01) -> torch.Tensor:
     matrix = second_moment.double()
     mean = matrix.diagonal().mean().clamp(min=1e-12)
     return matrix + torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device) * (damping * mean)
+
+
+def search_second_order(
+    weight: torch.Tensor, grid: WeightGrid, second_moment: torch.Tensor
+) -> tuple[WeightGrid, torch.Tensor]:
+    """Second-order rounding on grids around the given one: each output channel keeps that of the least E‖(w - ŵ) x‖².
+
+    Returns the grid and the integers [N, K]. Rounding that passes its errors on clips differently from rounding to
+    nearest, so the scale that a search by nearest rounding finds is only where this one begins.
+    """
+    rows = max(1, _TRIED_AT_ONCE // (len(_AROUND) * weight.shape[1]))
+    parts = zip(weight.split(rows), grid.scale.split(rows), grid.zero.split(rows), strict=True)
+    found = [_search_rows(w, WeightGrid(grid.bits, s, z), second_moment) for w, s, z in parts]
+    scale, weight_q = (torch.cat(values) for values in zip(*found, strict=True))
+    return WeightGrid(grid.bits, scale, grid.zero), weight_q
+
+
+def _search_rows(
+    weight: torch.Tensor, grid: WeightGrid, second_moment: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best scale and the integers of some channels. Channels are rounded independently: all tries are one call."""
+    scale = torch.cat([grid.scale * factor for factor in _AROUND])
+    tried = WeightGrid(grid.bits, scale, torch.cat([grid.zero] * len(_AROUND)))
+    repeated = torch.cat([weight] * len(_AROUND))
+    weight_q = round_second_order(repeated, tried, second_moment)
+    error = tried.dequantize(weight_q) - repeated
+    cost = ((error @ second_moment) * error).sum(1).view(len(_AROUND), -1)
+    best = cost.argmin(0) * len(weight) + torch.arange(len(weight), device=weight.device)
+    return scale[best], weight_q[best]
 
 
 def round_second_order(weight: torch.Tensor, grid: WeightGrid, second_moment: torch.Tensor) -> torch.Tensor:

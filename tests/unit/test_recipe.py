@@ -86,6 +86,7 @@ def named(**fields):
         (named(tqe={"start": "pca"}), "'pca'"),
         (named(weights={"group": -1}), "-1"),
         (named(weights={"clip_grid": "dirty"}), "'dirty'"),
+        (named(weights={"clip_by": "rounded_output"}), "clip_by: rounded_output"),
         (named(smoothing={"statistic": "max"}), "'max'"),
         (named(rotation="givens"), "'givens'"),
         (named(rotation=True), "True"),

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 
 from qvdit.contract import WEIGHT_BITS
 from qvdit.contract.layer import group_size
-from qvdit.method.weights import CLIP_SEARCHES, WeightGrid, damped, per_feature, round_second_order, search_grid
+from qvdit.method.weights import (
+    CLIP_SEARCHES,
+    WeightGrid,
+    damped,
+    per_feature,
+    round_second_order,
+    search_grid,
+    search_second_order,
+)
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -205,6 +213,29 @@ def test_second_order_with_inputs_that_are_never_active():
     moment[:, 5] = moment[5] = 0
     assert round_second_order(weight, search_grid(weight, 4, False), moment).isfinite().all()
     assert round_second_order(weight, search_grid(weight, 4, False), torch.zeros(32, 32)).isfinite().all()
+
+
+@pytest.mark.parametrize("group", [0, 20])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_scales_chosen_for_second_order_rounding_are_at_least_as_good(bits, group, monkeypatch):
+    weight, moment = heavy_tailed(16, 100), correlated_moment(100)
+    grid = search_grid(weight, bits, bits > 2, moment.diagonal().float(), group=group)
+    found, integers = search_second_order(weight, grid, moment.float())
+    before = round_second_order(weight, grid, moment.float())
+    for channel in range(16):  # each for itself: the given scale is among those that are tried
+        row = slice(channel, channel + 1)
+        costs = [
+            output_error(weight[row], g.dequantize(q)[row], moment) for g, q in ((found, integers), (grid, before))
+        ]
+        assert costs[0] <= costs[1] * (1 + 1e-4)
+    assert output_error(weight, found.dequantize(integers), moment) < 0.99 * output_error(
+        weight, grid.dequantize(before), moment
+    )
+    assert torch.equal(round_second_order(weight, found, moment.float()), integers)
+    monkeypatch.setattr("qvdit.method.weights._TRIED_AT_ONCE", 5 * 600)  # a few channels at once: the same
+    few, same = search_second_order(weight, grid, moment.float())
+    assert torch.equal(same, integers)
+    assert torch.equal(few.scale, found.scale)
 
 
 # Groups ---------------------------------------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ def main(
                 rows.append(trial.row(name, recipe, width))
                 print(f"{width} {name}: {rows[-1]['mse']:.3e}", flush=True)
                 about = {"date": date.today().isoformat(), "device": cpu_name(), "versions": tool_versions()}
-                command = "python tests/benchmarks/closed_form.py --model wan-shapes|latte-shapes --bits w3a6,w4a8"
+                command = f"python tests/benchmarks/closed_form.py --model {model} --bits {bits} --out {out}"
                 write_json(out, {"command": command, **about, "rows": rows})
 
 

@@ -44,10 +44,15 @@ class LowBitLinear(FrozenLinear):
     weight_scale: torch.Tensor
     alpha: torch.Tensor
     beta: torch.Tensor
+    levels: torch.Tensor
 
     def __init__(self, layer: LowBitLayer):
         super().__init__(layer)
         self.low_bit = layer
+        levels = operator.act_levels(layer.act_bits, layer.act_symmetric)
+        self.register_buffer("levels", torch.tensor(float(levels)), persistent=False)
+        self.groups = self.in_features // layer.group
+        self.sum_dtype = operator.exact_dtype(layer.group, levels, layer.weight_bits)
 
     def centred_weight(self) -> torch.Tensor:
         """weight_q - weight_zero as float32, [N, K]."""
@@ -58,12 +63,11 @@ class LowBitLinear(FrozenLinear):
     def quantize(self, x: torch.Tensor) -> operator.QuantizedRows:
         """x_q, s_x and z_x of an input."""
         transformed = operator.transform(x, self.optional("inv_smooth"), self.low_bit.rotation)
-        return operator.quantize_rows(transformed, self.low_bit.act_bits, self.low_bit.act_symmetric)
+        return operator.quantize_rows(transformed, self.levels, self.low_bit.act_symmetric)
 
     def accumulate(self, rows: operator.QuantizedRows) -> torch.Tensor:
         """The exact integers Σ (x_q - z_x)(weight_q - weight_zero): [..., N], or [C, ..., N] for C groups."""
-        groups = self.in_features // self.low_bit.group
-        return operator.accumulate(rows, self.centred_weight(), 1 << self.low_bit.weight_bits, groups)
+        return operator.accumulate(rows, self.centred_weight(), self.sum_dtype, self.groups)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = self.quantize(x)

@@ -39,9 +39,9 @@ class QuantizedRows:
         return self.x_q if self.zero is None else self.x_q - self.zero
 
 
-def act_qmax(bits: int) -> int:
-    """Largest magnitude of a symmetric activation: 127 or 31."""
-    return (1 << (bits - 1)) - 1
+def act_levels(bits: int, symmetric: bool) -> int:
+    """Largest x_q: 127 or 31 where activations are symmetric, 255 or 63 where they are not."""
+    return (1 << (bits - 1)) - 1 if symmetric else (1 << bits) - 1
 
 
 def walsh_hadamard(x: torch.Tensor, block: int) -> torch.Tensor:
@@ -63,16 +63,17 @@ def transform(x: torch.Tensor, inv_smooth: torch.Tensor | None = None, rotation:
     return walsh_hadamard(x if inv_smooth is None else x * inv_smooth, rotation)
 
 
-def quantize_rows(x: torch.Tensor, bits: int, symmetric: bool) -> QuantizedRows:
-    """Step 2: per-token dynamic quantization of x̃, float32 [..., K]."""
-    # Tensors, not Python scalars: CUDA turns division by a scalar into multiplication by its reciprocal.
+def quantize_rows(x: torch.Tensor, levels: torch.Tensor, symmetric: bool) -> QuantizedRows:
+    """Step 2: per-token dynamic quantization of x̃, float32 [..., K].
+
+    levels: :func:`act_levels`, float32 [] on x's device. A tensor, because CUDA turns division by a Python scalar into
+    multiplication by its reciprocal, and because compiled code then serves every width.
+    """
     if symmetric:
-        qmax = x.new_tensor(act_qmax(bits))
-        scale = (x.abs().amax(-1, keepdim=True) / qmax).clamp(min=EPS_SCALE)
-        x_q = torch.round(x / scale).clamp(-qmax, qmax)
+        scale = (x.abs().amax(-1, keepdim=True) / levels).clamp(min=EPS_SCALE)
+        x_q = torch.round(x / scale).clamp(-levels, levels)
         zero = None
     else:
-        levels = x.new_tensor((1 << bits) - 1)
         low, high = x.amin(-1, keepdim=True).clamp(max=0), x.amax(-1, keepdim=True).clamp(min=0)
         scale = ((high - low) / levels).clamp(min=EPS_SCALE)
         zero = torch.round(-low / scale)
@@ -83,17 +84,22 @@ def quantize_rows(x: torch.Tensor, bits: int, symmetric: bool) -> QuantizedRows:
     return QuantizedRows(x_q, torch.where(bad, torch.nan, scale), zero)
 
 
-def accumulate(rows: QuantizedRows, weight: torch.Tensor, weight_peak: int, groups: int = 1) -> torch.Tensor:
-    """Step 3 exactly, as float64 or float32 holding integers: [..., N], or [C, ..., N] for C = ``groups`` above 1.
+def exact_dtype(features: int, levels: int, weight_bits: int) -> torch.dtype:
+    """The fastest float type in which a sum of ``features`` products is exact.
 
-    weight: float32 holding the integers weight_q - weight_zero, [N, K]; weight_peak bounds their magnitude.
-    Floating point is exact while every partial sum stays below 2^24 (float32) or 2^53 (float64), and unlike
-    integer matrix products it is fast on every device.
+    In float32 no partial sum may reach 2^24. levels bounds |x_q - z_x|, 2^weight_bits bounds |weight_q - weight_zero|;
+    float64 is good for any layer there is.
     """
-    x = rows.centred()
-    peak = 255 if rows.zero is not None else 127
-    if x.shape[-1] // groups * peak * weight_peak >= 1 << 24:
-        x, weight = x.double(), weight.double()
+    return torch.float32 if features * levels * (1 << weight_bits) < 1 << 24 else torch.float64
+
+
+def accumulate(rows: QuantizedRows, weight: torch.Tensor, dtype: torch.dtype, groups: int = 1) -> torch.Tensor:
+    """Step 3 exactly, in floats that hold integers: [..., N], or [C, ..., N] for C = ``groups`` above 1.
+
+    weight: float32 holding the integers weight_q - weight_zero, [N, K]. dtype: :func:`exact_dtype` of a group's sums;
+    floating-point products are, unlike integer ones, fast on every device.
+    """
+    x, weight = rows.centred().to(dtype), weight.to(dtype)
     if groups == 1:
         return x @ weight.T
     by_group = x.reshape(-1, groups, x.shape[-1] // groups).transpose(0, 1)  # [C, M, G]

@@ -29,6 +29,7 @@ class TrainableLinear(torch.nn.Module):
     zero: torch.Tensor
     low: torch.Tensor
     high: torch.Tensor
+    levels: torch.Tensor
     inv_smooth: torch.Tensor | None
 
     def __init__(
@@ -56,6 +57,8 @@ class TrainableLinear(torch.nn.Module):
         # Buffers, not numbers: compiled code then serves every width.
         self.register_buffer("low", torch.tensor(float(grid.low), device=weight.device))
         self.register_buffer("high", torch.tensor(float(grid.high), device=weight.device))
+        levels = float(operator.act_levels(act_bits, act_symmetric))
+        self.register_buffer("levels", torch.tensor(levels, device=weight.device))
         self.log_scale = torch.nn.Parameter(grid.scale.log())  # the logarithm keeps Δ positive
         self.bias = None if bias is None else torch.nn.Parameter(bias.clone())
         self.alpha = None if alpha is None else torch.nn.Parameter(alpha)
@@ -98,7 +101,7 @@ class TrainableLinear(torch.nn.Module):
         transformed = self.transformed_input(x)
         if not self.quantize_activations:
             return transformed
-        rows = operator.quantize_rows(transformed.detach(), self.act_bits, self.act_symmetric)
+        rows = operator.quantize_rows(transformed.detach(), self.levels, self.act_symmetric)
         return transformed + (rows.scale * rows.centred() - transformed).detach()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from qvdit.contract import FrameRows
 from qvdit.method.acceleration import compile_blocks, fast_arithmetic
+from qvdit.method.lowbit import LowBitLinear
+from qvdit.method.training import TrainableLinear
+from qvdit.method.weights import search_grid
 from qvdit.models import ADAPTERS, WanAdapter
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -51,6 +55,25 @@ def test_blocks_hold_every_site(adapter, wan_model, latte_model):
 def test_blocks_are_not_compiled_on_a_cpu(tiny_wan):
     compile_blocks(tiny_wan, WanAdapter())
     assert all(block._compiled_call_impl is None for block in tiny_wan.blocks)
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_compiled_code_serves_every_width(trained, rtn_layers, wan_model):
+    """Else a table of eight widths would be compiled eight times for each recipe."""
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(lambda layer, x: layer(x), backend=counter, fullgraph=True)
+    name, x = WanAdapter().sites(wan_model)[0].name, torch.randn(2, 16, 32)
+    for bits, act_bits in ((4, 8), (3, 8), (2, 6), (6, 6)):
+        if trained:
+            weight = wan_model.get_submodule(name).weight
+            layer = TrainableLinear(name, weight, None, search_grid(weight, bits, True), act_bits, True, FrameRows.NONE)
+        else:
+            layer = LowBitLinear(rtn_layers(wan_model, 16, bits=bits, act_bits=act_bits)[0])
+        torch.testing.assert_close(compiled(layer, x), layer(x))
+    assert counter.frame_count == 1
 
 
 @needs_gpu

@@ -19,6 +19,11 @@ F32 = np.float32
 EPS = float(np.finfo(F32).eps)
 
 
+def quantize_rows(x: torch.Tensor, bits: int, symmetric: bool) -> operator.QuantizedRows:
+    """Step 2 at a width."""
+    return operator.quantize_rows(x, torch.tensor(float(operator.act_levels(bits, symmetric))), symmetric)
+
+
 @dataclasses.dataclass(frozen=True)
 class Expected:
     """Rows flattened: M of them."""
@@ -202,27 +207,27 @@ def test_rows_of_nothing_give_the_bias(symmetric, magnitude):
 
 def test_rounding_is_half_to_even_by_hand():
     x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -126.5, 0.0]])
-    rows = operator.quantize_rows(x, 8, True)
+    rows = quantize_rows(x, 8, True)
     assert rows.scale.tolist() == [[1.0]]
     assert rows.x_q.tolist() == [[127, 0, 2, 2, 0, -2, -126, 0]]
     assert rows.zero is None
     x = torch.tensor([[-100.5, 154.5, 0.0, 0.5, 1.5, -0.5]])  # hi - lo = 255
-    rows = operator.quantize_rows(x, 8, False)
+    rows = quantize_rows(x, 8, False)
     assert rows.scale.tolist() == [[1.0]]
     assert rows.zero is not None
     assert rows.zero.tolist() == [[100]]
     assert rows.x_q.tolist() == [[0, 254, 100, 100, 102, 100]]
     x = torch.tensor([[31.0, -31.0, 30.5]])
-    assert operator.quantize_rows(x, 6, True).x_q.tolist() == [[31, -31, 30]]
+    assert quantize_rows(x, 6, True).x_q.tolist() == [[31, -31, 30]]
     x = torch.tensor([[0.0, 63.0, 62.5]])
-    assert operator.quantize_rows(x, 6, False).x_q.tolist() == [[0, 63, 62]]
+    assert quantize_rows(x, 6, False).x_q.tolist() == [[0, 63, 62]]
 
 
 def test_the_scale_divides():
     """At exact halves a multiplication by the reciprocal goes to the wrong side sooner or later."""
     halves = np.concatenate([[127.0], np.arange(126) + 0.5]).astype(F32)
     scales = np.arange(1, 4001, 2).astype(F32)
-    rows = operator.quantize_rows(torch.from_numpy(scales[:, None] * halves), 8, True)
+    rows = quantize_rows(torch.from_numpy(scales[:, None] * halves), 8, True)
     np.testing.assert_array_equal(rows.scale[:, 0].numpy(), scales)
     np.testing.assert_array_equal(rows.x_q.numpy(), np.broadcast_to(np.rint(halves), rows.x_q.shape))
     reciprocal = np.rint(scales[:, None] * halves * (F32(1) / scales[:, None]))
@@ -324,6 +329,8 @@ def test_a_long_random_sum_is_exact():
     assert_agrees(layer, x)
 
 
-@pytest.mark.parametrize(("bits", "qmax"), [(8, 127), (6, 31)])
-def test_act_qmax(bits, qmax):
-    assert operator.act_qmax(bits) == qmax
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "levels"), [(8, True, 127), (6, True, 31), (8, False, 255), (6, False, 63)]
+)
+def test_act_levels(bits, symmetric, levels):
+    assert operator.act_levels(bits, symmetric) == levels

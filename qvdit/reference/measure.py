@@ -31,6 +31,7 @@ _SOLID = 0.7  # part of a pixel from which its colour can be read
 _MIN_AREA = 20  # pixels, of the visible part of a thing: a third of the smallest shape
 _COLOUR_TOLERANCE = 0.20  # RMS over RGB within which a colour counts as the one named
 _MIN_IOU = 0.5  # below this a blob is no shape at all
+_MAX_MISFIT = 1.0  # pixels, RMS, of a path that circles
 _REACH = 7  # pixels from a shape's centre to its furthest corner, rounded down: half the window that is matched
 _CHUNK = 512  # frames matched at once, to bound memory
 
@@ -150,14 +151,40 @@ def _named(colours: torch.Tensor, table: dict[str, tuple[float, float, float]], 
 def _motion(centres: torch.Tensor) -> torch.Tensor:
     """Index into MOTIONS of each path [B, 2, T, 2], -1 for what stands still: int64 [B, 2]."""
     velocity = centres.diff(dim=2)
-    now, then = velocity[:, :, 1:], velocity[:, :, :-1]
-    cross = then[..., 0] * now[..., 1] - then[..., 1] * now[..., 0]
-    turn = torch.atan2(cross, (then * now).sum(-1)).median(dim=-1).values  # a few bounces do not count
     start = centres[:, :, world.STRAIGHT_STEPS] - centres[:, :, 0]
     straight = (start @ world.velocities(start.device).T).argmax(-1)
-    circling = len(world.DIRECTIONS) + torch.where(turn > 0, 0, 1)
+    misfit = _circle_misfit(centres).min(dim=-1)  # over the senses of the turn
+    # Some paths with two bounces are nearly arcs: a circle must also be much nearer than the straight path is.
+    circles = (misfit.values < _MAX_MISFIT) & (misfit.values < 0.5 * _straight_misfit(centres, straight))
     moving = velocity.norm(dim=-1).median(dim=-1).values > world.SPEED / 2
-    return torch.where(moving, torch.where(turn.abs() > world.TURN / 2, circling, straight), -1)
+    return torch.where(moving, torch.where(circles, len(world.DIRECTIONS) + misfit.indices, straight), -1)
+
+
+def _straight_misfit(centres: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
+    """RMS distance, in pixels, of paths [B, 2, T, 2] from the bouncing path in a direction [B, 2] that starts alike."""
+    steps = torch.arange(world.FRAMES, device=centres.device, dtype=torch.float32)
+    free = world.velocities(centres.device)[direction][:, :, None] * steps[:, None]  # [B, 2, T, 2], from 0
+    early = slice(0, world.STRAIGHT_STEPS + 1)
+    start = (centres[:, :, early] - free[:, :, early]).mean(2, keepdim=True)
+    return (world.reflected(start + free) - centres).square().sum(-1).mean(-1).sqrt()
+
+
+def _circle_misfit(centres: torch.Tensor) -> torch.Tensor:
+    """RMS distance, in pixels, of paths [B, 2, T, 2] from the nearest circling at the world's pace: [B, 2, 2 senses].
+
+    Fitted as a whole, c_t = m + R(ω t) u with m and u free, because steps of a pixel shake too much to see turns in.
+    """
+    steps = torch.arange(world.FRAMES, dtype=torch.float64)
+    found = []
+    for sign in world.CIRCLING.values():
+        cos, sin = (sign * world.TURN * steps).cos(), (sign * world.TURN * steps).sin()
+        one, none = torch.ones_like(cos), torch.zeros_like(cos)
+        rows_x, rows_y = torch.stack([one, none, cos, -sin], 1), torch.stack([none, one, sin, cos], 1)
+        design = torch.cat([rows_x, rows_y])  # [2T, 4]: x of all frames, then y; unknowns m_x, m_y, u_x, u_y
+        left = torch.eye(len(design), dtype=torch.float64) - design @ torch.linalg.pinv(design)
+        residual = centres.transpose(-1, -2).flatten(-2).double() @ left.to(centres.device)
+        found.append((residual.square().sum(-1) / world.FRAMES).sqrt().float())
+    return torch.stack(found, dim=-1)
 
 
 def attributes(seen: Observation, scenes: world.SceneBatch) -> dict[str, torch.Tensor]:

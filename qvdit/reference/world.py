@@ -234,8 +234,13 @@ def _straight(motion: torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
     high = span - straight.clamp(min=0)
     start = low + unit * (high - low)
     steps = torch.arange(FRAMES, device=motion.device, dtype=torch.float32)
-    free = start[..., None, :] + velocity[..., None, :] * steps[:, None]
-    folded = torch.remainder(free, 2 * span)
+    return reflected(MARGIN + start[..., None, :] + velocity[..., None, :] * steps[:, None])
+
+
+def reflected(free: torch.Tensor) -> torch.Tensor:
+    """Coordinates in pixels, of any shape, folded back at MARGIN from either edge as often as it takes."""
+    span = SIZE - 2 * MARGIN
+    folded = torch.remainder(free - MARGIN, 2 * span)
     return MARGIN + torch.where(folded > span, 2 * span - folded, folded)
 
 

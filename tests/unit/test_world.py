@@ -186,6 +186,20 @@ def test_drawn_videos_look_good(measured, name):
     assert measured[name].mean() > 0.9
 
 
+@pytest.mark.parametrize("shake", [0.0, 0.3])
+def test_paths_that_shake_are_still_told_apart(many_paths, shake):
+    """A model draws things a few tenths of a pixel off, from frame to frame: that is no turn."""
+    scenes, centres = many_paths
+    found = measure._motion(centres + shake * torch.randn(centres.shape, generator=seeded(2)))
+    assert (found == scenes.motion).float().mean() > (0.995 if shake else 0.9999)
+
+
+def test_a_circle_at_another_pace_is_no_circle():
+    angle = torch.stack([0.5 * world.TURN * torch.arange(16.0), -2 * world.TURN * torch.arange(16.0)])
+    centres = 16 + world.RADIUS * torch.stack([angle.cos(), angle.sin()], dim=-1)[:, None].expand(-1, 2, -1, -1)
+    assert not (measure._motion(centres) >= len(world.DIRECTIONS)).any()
+
+
 @pytest.mark.parametrize("thing", [0, 1])
 @pytest.mark.parametrize("name", ATTRIBUTES)
 def test_one_wrong_attribute_is_seen_and_no_other(drawn, name, thing):

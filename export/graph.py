@@ -121,9 +121,8 @@ def _low_bit(layer: LowBitLayer) -> Fill:
             value = getattr(layer, name)
             if value is not None:
                 kind = integers if name in ("weight_q", "weight_zero") else None
-                value = (
-                    value.astype(np.float32) if value.dtype == np.float16 else value
-                )  # ONNX bodies compute in float32
+                if value.dtype == np.float16:  # a stored half; the bodies compute in float32
+                    value = value.astype(np.float32)
                 held[name] = editor.constant(f"{layer.name}:{name}", value, kind)
         before: list[onnx.NodeProto] = []
         if Variant.of(layer).frame_gain:

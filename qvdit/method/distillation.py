@@ -124,12 +124,12 @@ def _with_targets(
     teacher: torch.nn.Module, records: Records, used: list[int], batch: int, device: torch.device
 ) -> Records:
     """The records with the teacher's output for those that are used: it is run once, not in every step."""
+    if not used:
+        return records
     outputs = []
     for start in range(0, len(used), batch):
         inputs = {name: tensor[used[start : start + batch]].to(device) for name, tensor in records.items()}
         outputs.append(teacher(**inputs, return_dict=False)[0].float().cpu())
-    if not used:
-        return records
     seen = torch.cat(outputs)
     target = seen.new_zeros(len(records["hidden_states"]), *seen.shape[1:])
     target[used] = seen

@@ -148,16 +148,19 @@ def _named(colours: torch.Tensor, table: dict[str, tuple[float, float, float]], 
     return (best.indices == index[..., None]) & (best.values < _COLOUR_TOLERANCE)
 
 
+def _moves(centres: torch.Tensor) -> torch.Tensor:
+    """Whether a path [B, 2, T, 2] has at least half of the world's speed, by its median step: bool [B, 2]."""
+    return centres.diff(dim=2).norm(dim=-1).median(dim=-1).values > world.SPEED / 2
+
+
 def _motion(centres: torch.Tensor) -> torch.Tensor:
     """Index into MOTIONS of each path [B, 2, T, 2], -1 for what stands still: int64 [B, 2]."""
-    velocity = centres.diff(dim=2)
     start = centres[:, :, world.STRAIGHT_STEPS] - centres[:, :, 0]
     straight = (start @ world.velocities(start.device).T).argmax(-1)
     misfit = _circle_misfit(centres).min(dim=-1)  # over the senses of the turn
     # Some paths with two bounces are nearly arcs: a circle must also be much nearer than the straight path is.
     circles = (misfit.values < _MAX_MISFIT) & (misfit.values < 0.5 * _straight_misfit(centres, straight))
-    moving = velocity.norm(dim=-1).median(dim=-1).values > world.SPEED / 2
-    return torch.where(moving, torch.where(circles, len(world.DIRECTIONS) + misfit.indices, straight), -1)
+    return torch.where(_moves(centres), torch.where(circles, len(world.DIRECTIONS) + misfit.indices, straight), -1)
 
 
 def _straight_misfit(centres: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
@@ -276,14 +279,13 @@ def measure(videos: torch.Tensor, scenes: world.SceneBatch) -> dict[str, torch.T
     videos = torch.where(finite[:, None, None, None, None], videos, 0)
     seen = observe(videos, scenes)
     named = attributes(seen, scenes)
-    speed = seen.centres.diff(dim=2).norm(dim=-1).median(dim=-1).values  # [B, 2]
     everything = torch.stack(list(named.values()))  # [4, B, T]
     result = {
         "scene_consistency": everything.all(0).float().mean(-1),
         "subject_consistency": _subject(seen),
         "background_consistency": _background(videos, seen),
         "motion_smoothness": _smoothness(seen.centres, scenes.motion),
-        "dynamic_degree": ((speed > world.SPEED / 2).float() * seen.present.float().mean(-1)).mean(-1),
+        "dynamic_degree": (_moves(seen.centres).float() * seen.present.float().mean(-1)).mean(-1),
         "imaging_quality": _imaging_quality(videos, seen),
         "overall_consistency": everything.float().mean((0, 2)),
         **{name: value.float().mean(-1) for name, value in named.items()},

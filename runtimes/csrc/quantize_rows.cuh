@@ -239,7 +239,8 @@ __device__ void store_transformed(const Values& values, const qvdit_quantize_arg
 }
 
 template <typename In, typename Prologue, int kVectors, bool kVectorized>
-__global__ void __launch_bounds__(32 * kMaxWarps) quantize_rows_kernel(const __grid_constant__ QuantizeParams params) {
+__global__ void __launch_bounds__(32 * kMaxWarps, 1)
+    quantize_rows_kernel(const __grid_constant__ QuantizeParams params) {
   __shared__ float partial[3][2][kMaxWarps];
   __shared__ float partial_u[kMaxWarps][kMaxRank];
   __shared__ int partial_sum[kMaxWarps];
@@ -348,12 +349,12 @@ __global__ void __launch_bounds__(32 * kMaxWarps) quantize_rows_kernel(const __g
   }
 }
 
-// Vectors a thread: the count that leaves the fewest threads without work; of equals the largest, for loads in flight.
+// Vectors a thread: the count that leaves the fewest threads without work; of equals the smallest, for more warps.
 inline int vectors_per_thread(int64_t k_pad) {
   const int64_t vectors = k_pad / kVector;
   int best = 0;
   int64_t least = 0;
-  for (int candidate : {6, 5, 4}) {
+  for (int candidate : {3, 4, 5}) {
     const int64_t slots = (vectors + 32 * candidate - 1) / (32 * candidate) * 32 * candidate;
     if (slots > 32 * candidate * kMaxWarps) continue;
     if (best == 0 || slots < least) best = candidate, least = slots;
@@ -378,12 +379,12 @@ template <typename In, typename Prologue>
 int32_t launch_quantize(const QuantizeParams& params, cudaStream_t stream) {
   if (!params.vectorized) return launch_quantize<In, Prologue, 4, false>(params, stream);
   switch (vectors_per_thread(params.k_pad)) {
+    case 3:
+      return launch_quantize<In, Prologue, 3, true>(params, stream);
     case 4:
       return launch_quantize<In, Prologue, 4, true>(params, stream);
-    case 5:
-      return launch_quantize<In, Prologue, 5, true>(params, stream);
     default:
-      return launch_quantize<In, Prologue, 6, true>(params, stream);
+      return launch_quantize<In, Prologue, 5, true>(params, stream);
   }
 }
 

@@ -9,7 +9,7 @@ bool on_multiple(const void* pointer, int bytes) { return reinterpret_cast<uintp
 
 int32_t check(const qvdit_gemm_args& args) {
   const long long m = args.m, n = args.n, k_pad = args.k_pad, rank = args.rank;
-  QVDIT_REQUIRE(m >= 0 && m < INT32_MAX && n >= 1 && n < INT32_MAX, "y of [%lld, %lld]", m, n);
+  QVDIT_REQUIRE(m >= 1 && m < INT32_MAX && n >= 1 && n < INT32_MAX, "y of [%lld, %lld]", m, n);
   QVDIT_REQUIRE(k_pad >= 32 && k_pad % 32 == 0 && k_pad <= 1 << 20, "K_pad %lld; a multiple of 32", k_pad);
   QVDIT_REQUIRE(args.x_q && args.weight && args.y, "x_q, weight and y must be given");
   QVDIT_REQUIRE(args.y_dtype >= QVDIT_F32 && args.y_dtype <= QVDIT_S32, "y of type %d", args.y_dtype);
@@ -92,8 +92,8 @@ int32_t run_wgmma(const qvdit_gemm_args& args, bool wide, cudaStream_t stream) {
 }  // namespace
 
 extern "C" int32_t qvdit_low_bit_gemm(const qvdit_gemm_args* args, void* stream) {
+  if (args->m == 0) return QVDIT_OK;  // whose pointers are null
   if (const int32_t status = check(*args)) return status;
-  if (args->m == 0) return QVDIT_OK;
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   switch (args->tile == QVDIT_TILE_AUTO ? choose_tile(*args) : args->tile) {
     case QVDIT_TILE_MMA_128X128:

@@ -8,7 +8,7 @@ bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) 
 int32_t check(const qvdit_quantize_args& args) {
   const long long m = args.m, k = args.k, rank = args.rank;
   QVDIT_REQUIRE(args.x && args.x_q && args.scale, "x, x_q and scale must be given");
-  QVDIT_REQUIRE(m >= 0 && k >= 1 && k <= qvdit::kMaxFeatures, "x of [%lld, %lld]; K may be 1 to %lld", m, k,
+  QVDIT_REQUIRE(m >= 1 && k >= 1 && k <= qvdit::kMaxFeatures, "x of [%lld, %lld]; K may be 1 to %lld", m, k,
                 static_cast<long long>(qvdit::kMaxFeatures));
   QVDIT_REQUIRE(args.x_dtype >= QVDIT_F32 && args.x_dtype <= QVDIT_BF16, "x of type %d; float32, float16 or bfloat16",
                 args.x_dtype);
@@ -30,8 +30,8 @@ int32_t check(const qvdit_quantize_args& args) {
 }  // namespace
 
 extern "C" int32_t qvdit_quantize_rows(const qvdit_quantize_args* args, void* stream) {
+  if (args->m == 0) return QVDIT_OK;  // whose pointers are null
   if (const int32_t status = check(*args)) return status;
-  if (args->m == 0) return QVDIT_OK;
   qvdit::QuantizeParams params;
   params.args = *args;
   params.k_pad = qvdit::padded(args->k);

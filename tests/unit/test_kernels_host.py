@@ -108,7 +108,9 @@ def test_python_repeats_the_argument_structs(host):
         name = {"QuantizeArgs": "quantize", "UnpackArgs": "unpack", "GemmArgs": "gemm"}[struct.__name__]
         body = header.split(f"struct qvdit_{name}_args {{")[1].split("\n};")[0]
         code = " ".join(line.split("//")[0] for line in body.splitlines())
-        declared = [name.split()[-1].lstrip("*") for part in code.split(";") if part.strip() for name in part.split(",")]
+        declared = [
+            name.split()[-1].lstrip("*") for part in code.split(";") if part.strip() for name in part.split(",")
+        ]
         assert [field[0] for field in struct._fields_] == declared
 
 

@@ -32,7 +32,7 @@ int32_t fail(qvdit_status status, const char* format, ...) {
 int32_t launched(const char* kernel) {
   const cudaError_t error = cudaGetLastError();
   if (error == cudaSuccess) return QVDIT_OK;
-  if (error == cudaErrorNoKernelImageForDevice) return qvdit_check_device();
+  if (error == cudaErrorNoKernelImageForDevice && qvdit_check_device() == QVDIT_NO_KERNEL) return QVDIT_NO_KERNEL;
   return fail(QVDIT_CUDA, "%s: %s (%s)", kernel, cudaGetErrorString(error), cudaGetErrorName(error));
 }
 

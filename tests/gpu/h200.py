@@ -71,7 +71,7 @@ def build(out: Path, cutlass: str, architectures: str) -> bool:
     ]
     if cutlass:
         configure.append(f"-DQVDIT_CUTLASS={Path(cutlass).resolve()}")
-    configure.append("-DCMAKE_CUDA_FLAGS=-Xptxas=-v")
+    configure += ["-DCMAKE_CUDA_FLAGS=-Xptxas=-v", "-DQVDIT_LINEINFO=ON"]
     compile_all = ["cmake", "--build", str(BUILD), "--parallel", str(os.cpu_count())]
     return run(configure, out / "configure.log") >= 0 and run(compile_all, out / "build.log") >= 0
 

@@ -43,56 +43,48 @@ SHAPES = [  # M, N, K
 ]
 
 
-def run(command: list[str], log: Path, **environment: str) -> float:
-    """Run a command with its output in a log and on the screen's end; returns its seconds, exits if it fails."""
+def run(command: list[str], log: Path, **environment: str) -> bool:
+    """Run a command with its output in a log, and the log's end on the screen if it fails; whether it did not."""
     start = time.monotonic()
     with log.open("w") as file:
         done = subprocess.run(
             command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, check=False, env={**os.environ, **environment}
         )
-    seconds = time.monotonic() - start
-    print(f"$ {' '.join(command)}\n  {seconds:.0f} s, status {done.returncode}, {log}", flush=True)
+    print(f"$ {' '.join(command)}\n  {time.monotonic() - start:.0f} s, status {done.returncode}, {log}", flush=True)
     if done.returncode:
         print("\n".join(log.read_text(errors="replace").splitlines()[-60:]), flush=True)
-    return seconds if done.returncode == 0 else -seconds
+    return done.returncode == 0
 
 
 def build(out: Path, cutlass: str, architectures: str) -> bool:
     """Configure and compile; ptxas's registers and spills end up in the log."""
-    configure = [
-        "cmake",
-        "-S",
-        "runtimes/csrc",
-        "-B",
-        str(BUILD),
-        "-G",
-        "Ninja",
-        f"-DQVDIT_ARCHITECTURES={architectures}",
-    ]
+    configure = ["cmake", "-S", "runtimes/csrc", "-B", str(BUILD), "-G", "Ninja"]
+    configure.append(f"-DQVDIT_ARCHITECTURES={architectures}")
     if cutlass:
         configure.append(f"-DQVDIT_CUTLASS={Path(cutlass).resolve()}")
     configure += ["-DCMAKE_CUDA_FLAGS=-Xptxas=-v", "-DQVDIT_LINEINFO=ON"]
     compile_all = ["cmake", "--build", str(BUILD), "--parallel", str(os.cpu_count())]
-    return run(configure, out / "configure.log") >= 0 and run(compile_all, out / "build.log") >= 0
+    return run(configure, out / "configure.log") and run(compile_all, out / "build.log")
 
 
 def test(out: Path, *arguments: str) -> bool:
     """tests/gpu, in one process."""
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "--maxfail=20", "tests/gpu", *arguments]
-    ok = run(command, out / "tests.log", PYTHONPATH=str(ROOT)) >= 0
+    ok = run(command, out / "tests.log", PYTHONPATH=str(ROOT))
     print((out / "tests.log").read_text().splitlines()[-1], flush=True)
     return ok
 
 
 def sanitize(out: Path) -> bool:
     """Memcheck and racecheck on one of each kind of kernel, without PyTorch's caching allocator: it hides overruns."""
-    chosen = "(test_integers and 6-True-1152) or (test_accumulators and size4) or test_nan_rows or test_layernorm"
+    chosen = "(test_integers and 6-True-1152) or (test_layernorm and 1152-dtype1) or (test_accumulators and size4)"
+    chosen += " or test_nan_rows"
     ok = True
     for tool in ("memcheck", "racecheck"):
         command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest"]
         command += ["-q", "-n", "0", "tests/gpu", "-k", chosen]
         log = out / f"{tool}.log"
-        ok &= run(command, log, PYTHONPATH=str(ROOT), PYTORCH_NO_CUDA_MEMORY_CACHING="1") >= 0
+        ok &= run(command, log, PYTHONPATH=str(ROOT), PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         print("\n".join(line for line in log.read_text().splitlines() if "SUMMARY" in line or " passed" in line))
     return ok
 
@@ -144,7 +136,7 @@ def time_shape(m: int, n: int, k: int) -> list[dict]:
         factors = {"alpha": alpha[:rank], "frame_gain": gain, "tokens_per_frame": m // 16} if rank else {}
         return torch.ops.qvdit.quantize_rows(x, 8, True, **factors)
 
-    rows = [[quantize(i, rank) for i in range(sets)] for rank in (0, 1, 2, 3, 4)]
+    rows = {rank: [quantize(i, rank) for i in range(sets)] for rank in (0, 1, 4)}
 
     def gemm(i: int, rank: int, tile: cuda.Tile) -> None:
         x_q, row_scale, _, u, _ = rows[rank][i % sets]

@@ -1,0 +1,96 @@
+// What of the kernels can be tested without a GPU, as a small shared library: the headers they share with the host.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "qvdit_kernels.h"
+#include "round_quotient.h"
+#include "unpack.h"
+
+namespace {
+
+template <int kBits>
+void unpack(const uint32_t* words, int64_t n, int64_t k, int8_t* weight) {
+  const int64_t blocks = qvdit::padded(k) / qvdit::kRowPad;
+  for (int64_t row = 0; row < n; ++row) {
+    for (int64_t block = 0; block < blocks; ++block) {
+      uint32_t packed[kBits];
+      std::memcpy(packed, words + (row * blocks + block) * kBits, sizeof(packed));
+      for (int i = 0; i < qvdit::kRowPad; ++i) {
+        const int64_t column = block * qvdit::kRowPad + i;
+        if (column < k) weight[row * k + column] = static_cast<int8_t>(qvdit::unpack_value<kBits>(packed, i));
+      }
+    }
+  }
+}
+
+int64_t wrong_quotients_of(uint32_t mantissa) {
+  const float divisor = std::ldexp(static_cast<float>(mantissa), -23);
+  const float reciprocal = 1.0f / divisor;
+  int64_t wrong = 0;
+  for (int half = 0; half < 256; ++half) {
+    const float tie = (static_cast<float>(half) + 0.5f) * divisor;
+    uint32_t bits;
+    std::memcpy(&bits, &tie, sizeof(bits));
+    for (uint32_t near = bits - 2; near <= bits + 2; ++near) {
+      float x;
+      std::memcpy(&x, &near, sizeof(x));
+      wrong += qvdit::rounder_plus_quotient(x, divisor, reciprocal) != x / divisor + qvdit::kRounder;
+    }
+  }
+  return wrong;
+}
+
+}  // namespace
+
+extern "C" {
+
+// words: [N, b · K_pad / 32] → weight: int8 [N, K]. Returns a qvdit_status.
+QVDIT_API int32_t qvdit_host_unpack(const uint32_t* words, int32_t bits, int64_t n, int64_t k, int8_t* weight) {
+  switch (bits) {
+    case 2:
+      unpack<2>(words, n, k, weight);
+      return QVDIT_OK;
+    case 3:
+      unpack<3>(words, n, k, weight);
+      return QVDIT_OK;
+    case 4:
+      unpack<4>(words, n, k, weight);
+      return QVDIT_OK;
+    case 6:
+      unpack<6>(words, n, k, weight);
+      return QVDIT_OK;
+    case 8:
+      unpack<8>(words, n, k, weight);
+      return QVDIT_OK;
+    default:
+      return QVDIT_INVALID;
+  }
+}
+
+// round(x / divisor) of every x [count].
+QVDIT_API void qvdit_host_round_quotients(const float* x, float divisor, int64_t count, float* quotient) {
+  const float reciprocal = 1.0f / divisor;
+  for (int64_t i = 0; i < count; ++i) {
+    quotient[i] = qvdit::rounder_plus_quotient(x[i], divisor, reciprocal) - qvdit::kRounder;
+  }
+}
+
+// How many of the x near a tie are rounded otherwise than by a division, for divisors of mantissa first, first + step …
+// below 2^24 (the smallest is 2^23).
+QVDIT_API int64_t qvdit_host_wrong_quotients(int64_t first, int64_t step) {
+  int64_t wrong = 0;
+  for (int64_t mantissa = first; mantissa < 1 << 24; mantissa += step) {
+    wrong += wrong_quotients_of(static_cast<uint32_t>(mantissa));
+  }
+  return wrong;
+}
+
+// The sizes of the argument structs, which runtimes/cuda.py repeats: quantize, unpack, gemm.
+QVDIT_API void qvdit_host_struct_sizes(int64_t sizes[3]) {
+  sizes[0] = sizeof(qvdit_quantize_args);
+  sizes[1] = sizeof(qvdit_unpack_args);
+  sizes[2] = sizeof(qvdit_gemm_args);
+}
+
+}  // extern "C"

@@ -1,0 +1,52 @@
+// qvdit_quantize_rows: checks the arguments and chooses the kernel.
+#include "quantize_rows.cuh"
+
+namespace {
+
+bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+int32_t check(const qvdit_quantize_args& args) {
+  const long long m = args.m, k = args.k, rank = args.rank;
+  QVDIT_REQUIRE(args.x && args.x_q && args.scale, "x, x_q and scale must be given");
+  QVDIT_REQUIRE(m >= 1 && k >= 1 && k <= qvdit::kMaxFeatures, "x of [%lld, %lld]; K may be 1 to %lld", m, k,
+                static_cast<long long>(qvdit::kMaxFeatures));
+  QVDIT_REQUIRE(args.x_dtype >= QVDIT_F32 && args.x_dtype <= QVDIT_BF16, "x of type %d; float32, float16 or bfloat16",
+                args.x_dtype);
+  QVDIT_REQUIRE(args.act_bits == 8 || args.act_bits == 6, "%d activation bits; 8 or 6", args.act_bits);
+  QVDIT_REQUIRE(args.symmetric || args.zero, "asymmetric activations need zero");
+  QVDIT_REQUIRE(rank >= 0 && rank <= qvdit::kMaxRank, "rank %lld; at most %d", rank, qvdit::kMaxRank);
+  QVDIT_REQUIRE(rank == 0 || (args.alpha && args.u), "rank %lld needs alpha and u", rank);
+  QVDIT_REQUIRE(!args.frame_gain || (args.frames > 0 && args.tokens_per_frame > 0),
+                "a frame gain of %d frames with %lld tokens a frame", args.frames,
+                static_cast<long long>(args.tokens_per_frame));
+  QVDIT_REQUIRE(aligned(args.x_q), "x_q is not on a multiple of 16 bytes");
+  const bool modulated = args.modulation_scale || args.modulation_shift;
+  QVDIT_REQUIRE(!modulated || args.prologue == QVDIT_LAYERNORM, "a modulation without a LayerNorm");
+  QVDIT_REQUIRE(args.prologue != QVDIT_LAYERNORM || args.rows_per_modulation > 0, "rows_per_modulation of %lld",
+                static_cast<long long>(args.rows_per_modulation));
+  return QVDIT_OK;
+}
+
+}  // namespace
+
+extern "C" int32_t qvdit_quantize_rows(const qvdit_quantize_args* args, void* stream) {
+  if (args->m == 0) return QVDIT_OK;  // whose pointers are null
+  if (const int32_t status = check(*args)) return status;
+  qvdit::QuantizeParams params;
+  params.args = *args;
+  params.k_pad = qvdit::padded(args->k);
+  params.levels = static_cast<float>((1 << (args->act_bits - (args->symmetric ? 1 : 0))) - 1);
+  params.vectorized = args->k % qvdit::kVector == 0 && args->modulation_stride % 4 == 0 && aligned(args->x) &&
+                      aligned(args->inv_smooth) && aligned(args->alpha) && aligned(args->modulation_scale) &&
+                      aligned(args->modulation_shift);
+  switch (args->prologue) {
+    case QVDIT_PLAIN:
+      return qvdit::quantize_plain(params, static_cast<cudaStream_t>(stream));
+    case QVDIT_LAYERNORM:
+      return qvdit::quantize_layernorm(params, static_cast<cudaStream_t>(stream));
+    case QVDIT_GELU:
+      return qvdit::quantize_gelu(params, static_cast<cudaStream_t>(stream));
+    default:
+      return qvdit::fail(QVDIT_INVALID, "prologue %d", args->prologue);
+  }
+}

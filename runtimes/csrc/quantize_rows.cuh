@@ -1,0 +1,408 @@
+// Per-token quantization: one row in the registers of one to sixteen warps, read once and written once.
+//
+//   device memory: sizeof(x) + 1 bytes an element (3 for fp16), plus 4 + 4 R bytes a row; alpha, inv_smooth and the
+//   modulation come from L1/L2, 4 bytes an element and rank. At 80 % of an H200's copy bandwidth (4.1 TB/s) a
+//   32768 x 5120 fp16 input takes 152 µs, 32768 x 1152 takes 34 µs.
+//   instructions: about 3 (load, convert, range) + 4 (quotient) + 1 (pack) an element, + 2 with alpha and rank 1; the
+//   bandwidth above leaves 21 a lane on an H200.
+//   grid: ceil(M / rows a block); a block is 32 W threads x rows, W warps a row of V vectors of 8 elements a thread.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "error.h"
+#include "round_quotient.h"
+
+namespace qvdit {
+
+constexpr int kVector = 8;     // elements a thread takes at once: 16 bytes of fp16
+constexpr int kMaxWarps = 16;  // a row
+constexpr int kMaxRank = 32;
+constexpr float kSmallestScale = 1e-8f;  // EPS_SCALE of qvdit/method/operator.py
+constexpr int64_t kMaxFeatures = 16384;
+
+// qvdit_quantize_args with what the host worked out.
+struct QuantizeParams {
+  qvdit_quantize_args args;
+  int64_t k_pad;
+  float levels;     // what the range is divided by: 127 or 31; asymmetric 255 or 63
+  bool vectorized;  // every array may be read 16 bytes at a time, and K is a multiple of 8
+};
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+// Eight elements from row[k] on; those from K on are 0.
+template <bool kVectorized, typename In>
+__device__ __forceinline__ void load_vector(const In* row, int k, int features, float (&out)[kVector]) {
+  if constexpr (kVectorized) {
+    constexpr int kWords = kVector * sizeof(In) / sizeof(uint4);
+    uint4 words[kWords] = {};
+    if (k < features) {
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) words[i] = __ldg(reinterpret_cast<const uint4*>(row + k) + i);
+    }
+    const In* elements = reinterpret_cast<const In*>(words);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) out[i] = to_float(elements[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) out[i] = k + i < features ? to_float(row[k + i]) : 0.f;
+  }
+}
+
+// Reductions over one row's threads, the result in all of them. Every thread of the block must come along.
+struct RowThreads {
+  int warps;  // W
+  int warp;   // of the row, 0 … W - 1
+  int lane;
+  int first;                       // the row's first warp within the block
+  float (*partial)[2][kMaxWarps];  // [reductions so far][values][warp]: a place is written once, so one barrier each
+
+  // Sums if kSum; else the minimum of a and the maximum of b, NaN where any is NaN.
+  template <bool kSum>
+  __device__ __forceinline__ void reduce(float& a, float& b) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) {
+      combine<kSum>(a, b, __shfl_xor_sync(0xffffffffu, a, step), __shfl_xor_sync(0xffffffffu, b, step));
+    }
+    if (warps == 1) return;
+    if (lane == 0) (*partial)[0][first + warp] = a, (*partial)[1][first + warp] = b;
+    __syncthreads();
+    a = (*partial)[0][first], b = (*partial)[1][first];
+    for (int w = 1; w < warps; ++w) combine<kSum>(a, b, (*partial)[0][first + w], (*partial)[1][first + w]);
+    ++partial;
+  }
+
+  template <bool kSum>
+  static __device__ __forceinline__ void combine(float& a, float& b, float other_a, float other_b) {
+    if constexpr (kSum) {
+      a += other_a, b += other_b;
+    } else {
+      a = min_nan(a, other_a), b = max_nan(b, other_b);
+    }
+  }
+
+  static __device__ __forceinline__ float min_nan(float a, float b) {
+    float c;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+    return c;
+  }
+
+  static __device__ __forceinline__ float max_nan(float a, float b) {
+    float c;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+    return c;
+  }
+};
+
+// A row's elements as thread t of the row's threads holds them: vector v is at k(v) … k(v) + 7, 0 from K on.
+template <int kVectors_, bool kVectorized_>
+struct RowValues {
+  static constexpr int kVectors = kVectors_;
+  static constexpr bool kVectorized = kVectorized_;
+
+  float x[kVectors][kVector];
+  int64_t row;
+  int thread, threads;  // of the row
+
+  __device__ __forceinline__ int k(int v) const { return (v * threads + thread) * kVector; }
+};
+
+// What happens to x before quantization. Each leaves the elements from K on 0.
+struct Plain {
+  template <typename Values>
+  static __device__ __forceinline__ void apply(Values&, RowThreads&, const QuantizeParams&) {}
+};
+
+struct Gelu {
+  // 0.5 x (1 + tanh u) = x / (1 + exp(-2 u)), u = √(2/π) (x + 0.044715 x³)
+  template <typename Values>
+  static __device__ __forceinline__ void apply(Values& values, RowThreads&, const QuantizeParams&) {
+#pragma unroll
+    for (int v = 0; v < Values::kVectors; ++v) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        const float x = values.x[v][i];
+        const float minus_2u = x * (-1.5957691216057308f - 0.07135481282553464f * x * x);
+        values.x[v][i] = __fdividef(x, 1.f + __expf(minus_2u));
+      }
+    }
+  }
+};
+
+struct LayerNormModulate {
+  // Two passes over the registers: the variance is that of x - mean, so it never cancels.
+  template <typename Values>
+  static __device__ __forceinline__ void apply(Values& values, RowThreads& threads, const QuantizeParams& params) {
+    const qvdit_quantize_args& args = params.args;
+    const int features = static_cast<int>(args.k);
+    const float per_feature = 1.f / static_cast<float>(args.k);
+    float sum = 0.f, unused = 0.f;
+#pragma unroll
+    for (int v = 0; v < Values::kVectors; ++v) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) sum += values.x[v][i];
+    }
+    threads.reduce<true>(sum, unused);
+    const float mean = sum * per_feature;
+    float squares = 0.f;
+#pragma unroll
+    for (int v = 0; v < Values::kVectors; ++v) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        const float centred = values.k(v) + i < features ? values.x[v][i] - mean : 0.f;
+        squares += centred * centred;
+        values.x[v][i] = centred;
+      }
+    }
+    threads.reduce<true>(squares, unused);
+    const float deviation = rsqrtf(squares * per_feature + args.epsilon);
+    const int64_t modulation = values.row / args.rows_per_modulation * args.modulation_stride;
+#pragma unroll
+    for (int v = 0; v < Values::kVectors; ++v) {
+      float scale[kVector] = {}, shift[kVector] = {};
+      if (args.modulation_scale) {
+        load_vector<Values::kVectorized>(args.modulation_scale + modulation, values.k(v), features, scale);
+      }
+      if (args.modulation_shift) {
+        load_vector<Values::kVectorized>(args.modulation_shift + modulation, values.k(v), features, shift);
+      }
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        values.x[v][i] = values.x[v][i] * deviation * (1.f + scale[i]) + shift[i];
+      }
+    }
+  }
+};
+
+// A row's quantization grid: what x̃ is divided by, and how far its integers go.
+struct RowGrid {
+  float scale;       // NaN for a row with NaN or Inf in it
+  float divisor;     // of x̃; 0 where every integer is 0 anyway, so that no NaN arises
+  float reciprocal;  // of the divisor; 0 where that is 0
+  float zero;        // of x_q, before 128 is taken away
+  float highest;     // x_q - zero is at most this
+
+  // low: min(min x̃, 0), high: max(max x̃, 0), NaN if any x̃ is.
+  static __device__ __forceinline__ RowGrid of(float low, float high, bool symmetric, float levels) {
+    const bool bad = !(isfinite(low) && isfinite(high));
+    const float range = symmetric ? fmaxf(-low, high) : __fsub_rn(high, low);
+    RowGrid grid;
+    grid.scale = fmaxf(__fdiv_rn(range, levels), kSmallestScale);
+    // high - low may overflow although both are finite; x̃ / Inf is then 0.
+    const bool nothing = bad || isinf(grid.scale);
+    grid.divisor = nothing ? 0.f : grid.scale;
+    grid.reciprocal = nothing ? 0.f : __frcp_rn(grid.scale);
+    grid.zero = symmetric || nothing ? 0.f : rintf(__fdiv_rn(-low, grid.scale));
+    // Symmetric: |x̃ / scale| <= 127 (1 + 2^-23) rounds to 127 at most. Asymmetric: both roundings may go up, to 256; at
+    // the low end round(x̃ / scale) >= -zero, as rounding is monotone.
+    grid.highest = levels - grid.zero;
+    if (bad) grid.scale = __int_as_float(0x7fffffff);
+    return grid;
+  }
+};
+
+// Four integers kRounder + q as the bytes q.
+__device__ __forceinline__ uint32_t pack_bytes(float a, float b, float c, float d) {
+  const uint32_t low = __byte_perm(__float_as_uint(a), __float_as_uint(b), 0x0040);
+  const uint32_t high = __byte_perm(__float_as_uint(c), __float_as_uint(d), 0x0040);
+  return __byte_perm(low, high, 0x5410);
+}
+
+// The mask that keeps the first count of four bytes.
+__device__ __forceinline__ uint32_t first_bytes(int count) {
+  return count >= 4 ? ~0u : count <= 0 ? 0u : (1u << (8 * count)) - 1u;
+}
+
+template <typename Value>
+__device__ __forceinline__ Value warp_sum(Value value) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
+  return value;
+}
+
+// x̃ of a row, for tests.
+template <typename Values>
+__device__ void store_transformed(const Values& values, const qvdit_quantize_args& args) {
+#pragma unroll
+  for (int v = 0; v < Values::kVectors; ++v) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      const int k = values.k(v) + i;
+      if (k < args.k) args.transformed[values.row * args.k + k] = values.x[v][i];
+    }
+  }
+}
+
+template <typename In, typename Prologue, int kVectors, bool kVectorized>
+__global__ void __launch_bounds__(32 * kMaxWarps, 1)
+    quantize_rows_kernel(const __grid_constant__ QuantizeParams params) {
+  __shared__ float partial[3][2][kMaxWarps];
+  __shared__ float partial_u[kMaxWarps][kMaxRank];
+  __shared__ int partial_sum[kMaxWarps];
+  const qvdit_quantize_args& args = params.args;
+  const int features = static_cast<int>(args.k);
+
+  const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  RowThreads threads{warps, warp, lane, static_cast<int>(threadIdx.y) * warps, partial};
+  RowValues<kVectors, kVectorized> values;
+  // Rows past the last are computed as the last and not stored: everybody meets at the barriers.
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  const bool stores = row < args.m;
+  values.row = stores ? row : args.m - 1;
+  values.thread = threadIdx.x, values.threads = blockDim.x;
+
+  const In* x = static_cast<const In*>(args.x) + values.row * args.k;
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) load_vector<kVectorized>(x, values.k(v), features, values.x[v]);
+  Prologue::apply(values, threads, params);
+  if (args.inv_smooth) {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      float inv_smooth[kVector];
+      load_vector<kVectorized>(args.inv_smooth, values.k(v), features, inv_smooth);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) values.x[v][i] = __fmul_rn(values.x[v][i], inv_smooth[i]);
+    }
+  }
+  if (args.transformed && stores) store_transformed(values, args);
+
+  float low = 0.f, high = 0.f;
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      low = RowThreads::min_nan(low, values.x[v][i]);
+      high = RowThreads::max_nan(high, values.x[v][i]);
+    }
+  }
+  threads.reduce<false>(low, high);
+  const RowGrid grid = RowGrid::of(low, high, args.symmetric, params.levels);
+  if (grid.divisor == 0.f) {  // no integers: neither from NaN nor from Inf
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) values.x[v][i] = 0.f;
+    }
+  }
+
+  int8_t* x_q = args.x_q + row * params.k_pad;
+  const float stored_zero = args.symmetric ? 0.f : grid.zero - 128.f;
+  int sum = 0;  // of what is stored
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    float stored[kVector];  // kRounder + the integer
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      const float rounded = rounder_plus_quotient(values.x[v][i], grid.divisor, grid.reciprocal);
+      const float centred = fminf(rounded, kRounder + grid.highest);
+      values.x[v][i] = centred - kRounder;  // x_q - zero
+      stored[i] = centred + stored_zero;
+    }
+    const int inside = features - values.k(v);  // how many of these are features
+    const uint2 bytes = {pack_bytes(stored[0], stored[1], stored[2], stored[3]) & first_bytes(inside),
+                         pack_bytes(stored[4], stored[5], stored[6], stored[7]) & first_bytes(inside - 4)};
+    sum = __dp4a(static_cast<int>(bytes.x), 0x01010101, __dp4a(static_cast<int>(bytes.y), 0x01010101, sum));
+    if (stores && values.k(v) < params.k_pad) *reinterpret_cast<uint2*>(x_q + values.k(v)) = bytes;
+  }
+
+  const int rank = static_cast<int>(args.rank);
+#pragma unroll 1
+  for (int r = 0; r < rank; ++r) {
+    float dot = 0.f;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      float alpha[kVector];
+      load_vector<kVectorized>(args.alpha + static_cast<int64_t>(r) * args.k, values.k(v), features, alpha);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) dot += values.x[v][i] * alpha[i];
+    }
+    dot = warp_sum(dot);
+    if (lane == 0) partial_u[threads.first + warp][r] = dot;
+  }
+  if (args.row_sum) {
+    sum = warp_sum(sum);
+    if (lane == 0) partial_sum[threads.first + warp] = sum;
+  }
+  __syncthreads();
+  if (!stores || warp != 0) return;
+
+  if (lane < rank) {
+    float dot = 0.f;
+    for (int w = 0; w < warps; ++w) dot += partial_u[threads.first + w][lane];
+    float u = grid.scale * dot;
+    if (args.frame_gain) u *= __ldg(args.frame_gain + row / args.tokens_per_frame % args.frames);
+    args.u[row * rank + lane] = u;
+  }
+  if (lane == 0) {
+    args.scale[row] = grid.scale;
+    if (args.zero) args.zero[row] = static_cast<int>(stored_zero);
+    if (args.row_sum) {
+      int total = -features * static_cast<int>(stored_zero);
+      for (int w = 0; w < warps; ++w) total += partial_sum[threads.first + w];
+      args.row_sum[row] = total;
+    }
+  }
+}
+
+// Vectors a thread: the count that leaves the fewest threads without work; of equals the smallest, for more warps.
+inline int vectors_per_thread(int64_t k_pad) {
+  const int64_t vectors = k_pad / kVector;
+  int best = 0;
+  int64_t least = 0;
+  for (int candidate : {3, 4, 5}) {
+    const int64_t slots = (vectors + 32 * candidate - 1) / (32 * candidate) * 32 * candidate;
+    if (slots > 32 * candidate * kMaxWarps) continue;
+    if (best == 0 || slots < least) best = candidate, least = slots;
+  }
+  return best;
+}
+
+template <typename In, typename Prologue, int kVectors, bool kVectorized>
+int32_t launch_quantize(const QuantizeParams& params, cudaStream_t stream) {
+  constexpr int kWarpsWanted = 4;  // a block: enough blocks fit a multiprocessor at any number of rows
+  const int slots = 32 * kVectors * kVector;
+  const int warps = static_cast<int>((params.k_pad + slots - 1) / slots);
+  const int rows = warps < kWarpsWanted ? kWarpsWanted / warps : 1;
+  const int64_t blocks = (params.args.m + rows - 1) / rows;
+  QVDIT_REQUIRE(blocks < INT32_MAX, "%lld rows, more than a grid takes", static_cast<long long>(params.args.m));
+  quantize_rows_kernel<In, Prologue, kVectors, kVectorized>
+      <<<static_cast<unsigned>(blocks), dim3(32 * warps, rows), 0, stream>>>(params);
+  return launched("quantize_rows");
+}
+
+template <typename In, typename Prologue>
+int32_t launch_quantize(const QuantizeParams& params, cudaStream_t stream) {
+  if (!params.vectorized) return launch_quantize<In, Prologue, 4, false>(params, stream);
+  switch (vectors_per_thread(params.k_pad)) {
+    case 3:
+      return launch_quantize<In, Prologue, 3, true>(params, stream);
+    case 4:
+      return launch_quantize<In, Prologue, 4, true>(params, stream);
+    default:
+      return launch_quantize<In, Prologue, 5, true>(params, stream);
+  }
+}
+
+template <typename Prologue>
+int32_t launch_quantize(const QuantizeParams& params, cudaStream_t stream) {
+  switch (params.args.x_dtype) {
+    case QVDIT_F16:
+      return launch_quantize<__half, Prologue>(params, stream);
+    case QVDIT_BF16:
+      return launch_quantize<__nv_bfloat16, Prologue>(params, stream);
+    default:
+      return launch_quantize<float, Prologue>(params, stream);
+  }
+}
+
+// One file each, so that they compile beside each other.
+int32_t quantize_plain(const QuantizeParams& params, cudaStream_t stream);
+int32_t quantize_layernorm(const QuantizeParams& params, cudaStream_t stream);
+int32_t quantize_gelu(const QuantizeParams& params, cudaStream_t stream);
+
+}  // namespace qvdit

@@ -1,0 +1,143 @@
+// The kernels' interface: plain C launch functions, so that PyTorch (by ctypes), a TensorRT plugin and a C++ program
+// can all use one library. No header of any of them is needed.
+//
+// Symbols: M rows, K input features, K_pad the next multiple of 32, N output features, R rank, T frames,
+// P tokens per frame. Arrays are dense, row-major and in device memory unless said otherwise. A launch function checks
+// its arguments, starts its kernel on the given stream and returns at once: it allocates nothing and waits for nothing,
+// so it can be captured in a CUDA graph. Pointers that are null mean "absent" where that is said.
+#pragma once
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(__GNUC__)
+#define QVDIT_API __attribute__((visibility("default")))
+#else
+#define QVDIT_API
+#endif
+
+// Changes whenever a struct or the meaning of a field does.
+#define QVDIT_ABI 1
+
+enum qvdit_status {
+  QVDIT_OK = 0,
+  QVDIT_INVALID = 1,    // an argument that no kernel takes
+  QVDIT_NO_KERNEL = 2,  // no kernel in this library for the current device
+  QVDIT_CUDA = 3,       // the CUDA runtime refused
+};
+
+enum qvdit_dtype { QVDIT_F32 = 0, QVDIT_F16 = 1, QVDIT_BF16 = 2, QVDIT_S32 = 3 };
+
+enum qvdit_prologue {
+  QVDIT_PLAIN = 0,      // x as it is
+  QVDIT_LAYERNORM = 1,  // LayerNorm without weights, then adaLN: · (1 + scale) + shift
+  QVDIT_GELU = 2,       // GELU, tanh approximation
+};
+
+enum qvdit_tile {
+  QVDIT_TILE_AUTO = 0,           // chosen from the sizes and the device
+  QVDIT_TILE_MMA_128X128 = 1,    // mma.sync, every device
+  QVDIT_TILE_MMA_128X256 = 2,    // mma.sync, every device
+  QVDIT_TILE_WGMMA_128X128 = 3,  // Hopper, ping-pong
+  QVDIT_TILE_WGMMA_128X256 = 4,  // Hopper, cooperative
+};
+
+// Steps 1 and 2 of LowBitLinear, and the input side of its low-rank term.
+//
+//   x̃   = prologue(x) · inv_smooth
+//   x_q, scale, zero as qvdit/method/operator.py defines them, to the bit
+//   u   = gain[frame] · scale · Σ_k (x_q - zero) alpha[r, k],  frame = (m / P) mod T
+//
+// A row with a NaN or Inf in x̃ gets scale and u NaN, and integers that mean zero.
+struct qvdit_quantize_args {
+  const void* x;      // [M, K] of x_dtype
+  int64_t m, k;       // K at most 16384
+  int32_t x_dtype;    // QVDIT_F32, QVDIT_F16 or QVDIT_BF16
+  int32_t prologue;   // enum qvdit_prologue
+  int32_t act_bits;   // 8 or 6
+  int32_t symmetric;  // 0 or 1
+
+  const float* inv_smooth;  // [K] or null
+
+  const float*
+      modulation_scale;  // [M / rows_per_modulation, K], rows modulation_stride apart, or null. QVDIT_LAYERNORM
+  const float* modulation_shift;  // as modulation_scale, or null
+  int64_t modulation_stride;      // floats between rows
+  int64_t rows_per_modulation;    // rows of x that share a row of the modulation
+  float epsilon;                  // of the LayerNorm
+
+  int32_t frames;            // T
+  const float* frame_gain;   // [T] or null
+  int64_t tokens_per_frame;  // P
+  const float* alpha;        // [R, K]: transposed, for 16-byte loads along K. Or null
+  int64_t rank;              // R, at most 32
+
+  int8_t* x_q;         // [M, K_pad]. Symmetric: x_q; asymmetric: x_q - 128. Columns K … K_pad are 0
+  float* scale;        // [M]
+  int32_t* zero;       // [M]: the zero point of what is stored, z_x - 128. Null if symmetric
+  float* u;            // [M, R], or null where rank is 0
+  int32_t* row_sum;    // [M]: Σ_k (x_q - zero), exact; or null
+  float* transformed;  // [M, K]: x̃, for tests; or null
+};
+
+// Canonically packed weights to int8, with the zero point subtracted where the difference fits: b < 8.
+struct qvdit_unpack_args {
+  const uint32_t* words;  // [N, b · K_pad / 32], as qvdit/contract/packing.py packs them
+  int64_t n, k;
+  int32_t bits;         // b: 2, 3, 4, 6 or 8
+  int32_t reserved;     // 0
+  const int8_t* zero;   // [N] or null. Not subtracted for b = 8: give it to the GEMM
+  int8_t* weight;       // [N, K_pad]. Columns K … K_pad are 0
+  int32_t* weight_sum;  // [N]: Σ_k weight; or null
+};
+
+// Steps 3 and 4 on what the two functions above made.
+//
+//   acc = Σ_k (x_q - zero)(weight - weight_zero) = Σ_k x_q weight - zero weight_sum - weight_zero row_sum    int32,
+//   exact y   = scale · (acc · weight_scale) + Σ_r u[m, r] beta[r, n] + bias float32, cast
+struct qvdit_gemm_args {
+  const int8_t* x_q;     // [M, K_pad]
+  const int8_t* weight;  // [N, K_pad]
+  int64_t m, n, k_pad;   // K_pad a multiple of 32
+
+  const float* scale;         // [M]
+  const float* weight_scale;  // [N]
+
+  const int32_t* zero;        // [M] or null; needs weight_sum
+  const int32_t* weight_sum;  // [N] or null
+  const int8_t* weight_zero;  // [N] or null; needs row_sum
+  const int32_t* row_sum;     // [M] or null
+
+  const float* u;     // [M, R] or null
+  const float* beta;  // [R, N] or null
+  int64_t rank;       // R, at most 32
+  const float* bias;  // [N] or null
+
+  void* y;          // [M, N] of y_dtype
+  int32_t y_dtype;  // QVDIT_F32, QVDIT_F16, QVDIT_BF16; QVDIT_S32 gives acc itself, for tests
+  int32_t tile;     // enum qvdit_tile
+};
+
+// What went wrong in this thread's last call that did not return QVDIT_OK. Never null; valid until the next call.
+QVDIT_API const char* qvdit_last_error(void);
+
+// QVDIT_ABI of the library.
+QVDIT_API int32_t qvdit_abi(void);
+
+// Architectures with kernels in this library, as "80;90a".
+QVDIT_API const char* qvdit_architectures(void);
+
+// QVDIT_OK if the current device has kernels, else QVDIT_NO_KERNEL (or QVDIT_CUDA where there is no device at all).
+QVDIT_API int32_t qvdit_check_device(void);
+
+// stream: a cudaStream_t. Each returns an enum qvdit_status.
+QVDIT_API int32_t qvdit_quantize_rows(const struct qvdit_quantize_args* args, void* stream);
+QVDIT_API int32_t qvdit_unpack_weight(const struct qvdit_unpack_args* args, void* stream);
+QVDIT_API int32_t qvdit_low_bit_gemm(const struct qvdit_gemm_args* args, void* stream);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,304 @@
+"""The CUDA kernels as PyTorch operators: ``torch.ops.qvdit.quantize_rows`` and ``torch.ops.qvdit.low_bit_linear``.
+
+They compose: q, k and v, or whatever else reads one x, quantize it once. Both work under ``torch.compile`` (their fake
+implementations give shapes) and in CUDA graphs (kernels go to the current stream; nothing waits). Inference only.
+
+Symbols: M rows of an input flattened to [M, K], K_pad the next multiple of 32, N output features, R rank, T frames.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+
+from qvdit.contract import QvditError
+from qvdit.contract.layer import ROW_PAD
+from qvdit.contract.packing import packed_words
+from qvdit.runtimes import cuda
+
+_DTYPES = {
+    torch.float32: cuda.Dtype.F32,
+    torch.float16: cuda.Dtype.F16,
+    torch.bfloat16: cuda.Dtype.BF16,
+    torch.int32: cuda.Dtype.S32,
+}
+PROLOGUES = {p.name.lower(): p for p in cuda.Prologue}
+
+
+def padded(k: int) -> int:
+    """K_pad."""
+    return (k + ROW_PAD - 1) // ROW_PAD * ROW_PAD
+
+
+@torch.library.custom_op("qvdit::quantize_rows", mutates_args=(), device_types="cuda")
+def quantize_rows(
+    x: torch.Tensor,
+    act_bits: int,
+    symmetric: bool,
+    inv_smooth: torch.Tensor | None = None,
+    alpha: torch.Tensor | None = None,
+    frame_gain: torch.Tensor | None = None,
+    tokens_per_frame: int = 1,
+    row_sums: bool = False,
+    prologue: str = "plain",
+    modulation_scale: torch.Tensor | None = None,
+    modulation_shift: torch.Tensor | None = None,
+    epsilon: float = 1e-6,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Steps 1 and 2 of LowBitLinear for x [..., K], float32, float16 or bfloat16.
+
+    inv_smooth: float32 [K]. alpha: float32 [R, K], transposed. frame_gain: float32 [T], for row m that of frame
+    (m // tokens_per_frame) mod T. prologue: plain, gelu (tanh) or layernorm (without weights, then
+    · (1 + modulation_scale) + modulation_shift, float32 [B, K], B dividing M; their rows may be apart).
+    Returns x_q int8 [M, K_pad], asymmetric ones less 128; scale float32 [M]; zero int32 [M], the zero point of what is
+    stored, [0] if symmetric; u float32 [M, R]; row_sum int32 [M], Σ (x_q - zero), [0] unless ``row_sums``.
+    """
+    outputs = _quantized(x, symmetric, alpha, row_sums)
+    _launch_quantize(
+        outputs,
+        x,
+        act_bits,
+        symmetric,
+        inv_smooth,
+        alpha,
+        frame_gain,
+        tokens_per_frame,
+        prologue,
+        (modulation_scale, modulation_shift),
+        epsilon,
+    )
+    return outputs
+
+
+@quantize_rows.register_fake
+def _(
+    x: torch.Tensor,
+    act_bits: int,
+    symmetric: bool,
+    inv_smooth: torch.Tensor | None = None,
+    alpha: torch.Tensor | None = None,
+    frame_gain: torch.Tensor | None = None,
+    tokens_per_frame: int = 1,
+    row_sums: bool = False,
+    prologue: str = "plain",
+    modulation_scale: torch.Tensor | None = None,
+    modulation_shift: torch.Tensor | None = None,
+    epsilon: float = 1e-6,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _quantized(x, symmetric, alpha, row_sums)
+
+
+@torch.library.custom_op("qvdit::low_bit_linear", mutates_args=(), device_types="cuda")
+def low_bit_linear(
+    x_q: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    u: torch.Tensor,
+    row_sum: torch.Tensor,
+    words: torch.Tensor,
+    weight_bits: int,
+    in_features: int,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor | None,
+    beta: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    tile: int = 0,
+) -> torch.Tensor:
+    """Steps 3 and 4 of LowBitLinear: y [M, N] of ``out_dtype``.
+
+    x_q, scale, zero, u, row_sum: as :func:`quantize_rows` gives them; 8-bit weights with zero points need row_sum.
+    words: int32 or uint32 [N, b · K_pad / 32], packed as qvdit.contract.packing packs them. weight_scale: float32 [N];
+    weight_zero: int8 [N]; beta: float32 [R, N]; bias: float32 [N]. out_dtype: float32, float16 or bfloat16; int32 gives
+    the exact accumulators Σ (x_q - zero)(weight_q - weight_zero), for tests. tile: of qvdit.runtimes.cuda.Tile.
+    """
+    y = _new(x_q, (x_q.shape[0], words.shape[0]), out_dtype)
+    weight, weight_sum = unpack_weight(words, weight_bits, in_features, weight_zero, zero.numel() > 0)
+    apart = weight_zero is not None and weight_bits == 8  # such a zero point does not fit into int8 weights
+    if apart and row_sum.numel() == 0:
+        raise QvditError("8-bit weights with zero points, without row_sum", "row_sum", "quantize with row_sums=True")
+    rank = 0 if beta is None else beta.shape[0]
+    arguments = cuda.GemmArgs(
+        x_q=_pointer(x_q, torch.int8, (x_q.shape[0], padded(in_features))),
+        weight=_pointer(weight, torch.int8),
+        m=x_q.shape[0],
+        n=words.shape[0],
+        k_pad=x_q.shape[1],
+        scale=_pointer(scale, torch.float32, (x_q.shape[0],)),
+        weight_scale=_pointer(weight_scale, torch.float32, (words.shape[0],)),
+        zero=_pointer(zero, torch.int32),
+        weight_sum=_pointer(weight_sum, torch.int32),
+        weight_zero=_pointer(weight_zero, torch.int8, (words.shape[0],)) if apart else None,
+        row_sum=_pointer(row_sum, torch.int32) if apart else None,
+        u=_pointer(u, torch.float32, (x_q.shape[0], rank)) if rank else None,
+        beta=_pointer(beta, torch.float32, (rank, words.shape[0])),
+        rank=rank,
+        bias=_pointer(bias, torch.float32, (words.shape[0],)),
+        y=_pointer(y, out_dtype),
+        y_dtype=_DTYPES[out_dtype],
+        tile=tile,
+    )
+    with torch.cuda.device(x_q.device):
+        _library(x_q.device.index).low_bit_gemm(arguments, _stream(x_q))
+    return y
+
+
+@low_bit_linear.register_fake
+def _(
+    x_q: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    u: torch.Tensor,
+    row_sum: torch.Tensor,
+    words: torch.Tensor,
+    weight_bits: int,
+    in_features: int,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor | None,
+    beta: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    tile: int = 0,
+) -> torch.Tensor:
+    return _new(x_q, (x_q.shape[0], words.shape[0]), out_dtype)
+
+
+def unpack_weight(
+    words: torch.Tensor, bits: int, k: int, zero: torch.Tensor | None, sums: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Packed words [N, b · K_pad / 32] → int8 [N, K_pad], less ``zero`` [N] where b < 8; its row sums, int32 [N]."""
+    n = words.shape[0]
+    weight = _new(words, (n, padded(k)), torch.int8)
+    weight_sum = _new(words, (n,), torch.int32) if sums else None
+    if words.dtype not in (torch.int32, torch.uint32):
+        raise QvditError(f"packed weights of {words.dtype}", "int32 or uint32", "pack them with qvdit.contract.packing")
+    arguments = cuda.UnpackArgs(
+        words=_pointer(words, words.dtype, (n, packed_words(k, bits))),
+        n=n,
+        k=k,
+        bits=bits,
+        zero=_pointer(zero, torch.int8, (n,)),
+        weight=_pointer(weight, torch.int8),
+        weight_sum=_pointer(weight_sum, torch.int32),
+    )
+    with torch.cuda.device(words.device):
+        _library(words.device.index).unpack_weight(arguments, _stream(words))
+    return weight, weight_sum
+
+
+def _quantized(
+    x: torch.Tensor, symmetric: bool, alpha: torch.Tensor | None, row_sums: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """quantize_rows' results, not yet filled."""
+    m = math.prod(x.shape[:-1])
+    return (
+        _new(x, (m, padded(x.shape[-1])), torch.int8),
+        _new(x, (m,), torch.float32),
+        _new(x, (0 if symmetric else m,), torch.int32),
+        _new(x, (m, 0 if alpha is None else alpha.shape[0]), torch.float32),
+        _new(x, (m if row_sums else 0,), torch.int32),
+    )
+
+
+def _launch_quantize(
+    outputs: tuple[torch.Tensor, ...],
+    x: torch.Tensor,
+    act_bits: int,
+    symmetric: bool,
+    inv_smooth: torch.Tensor | None,
+    alpha: torch.Tensor | None,
+    frame_gain: torch.Tensor | None,
+    tokens_per_frame: int,
+    prologue: str,
+    modulation: tuple[torch.Tensor | None, torch.Tensor | None],
+    epsilon: float,
+    transformed: torch.Tensor | None = None,
+) -> None:
+    """Fill quantize_rows' results; ``transformed``, float32 [M, K], receives x̃."""
+    x = x.contiguous()
+    k = x.shape[-1]
+    m = x.numel() // k
+    x_q, scale, zero, u, row_sum = outputs
+    modulation_rows, stride = _modulation(modulation, m, k)
+    rank = 0 if alpha is None else alpha.shape[0]
+    if x.dtype not in _DTYPES or prologue not in PROLOGUES:
+        raise QvditError(
+            f"{x.dtype} and prologue {prologue!r}", f"a float type and one of {sorted(PROLOGUES)}", "cast x"
+        )
+    arguments = cuda.QuantizeArgs(
+        x=_pointer(x, x.dtype),
+        m=m,
+        k=k,
+        x_dtype=_DTYPES[x.dtype],
+        prologue=PROLOGUES[prologue],
+        act_bits=act_bits,
+        symmetric=symmetric,
+        inv_smooth=_pointer(inv_smooth, torch.float32, (k,)),
+        modulation_scale=None if modulation[0] is None else modulation[0].data_ptr(),
+        modulation_shift=None if modulation[1] is None else modulation[1].data_ptr(),
+        modulation_stride=stride,
+        rows_per_modulation=max(m // modulation_rows, 1),
+        epsilon=epsilon,
+        frames=0 if frame_gain is None else frame_gain.numel(),
+        frame_gain=_pointer(frame_gain, torch.float32),
+        tokens_per_frame=tokens_per_frame,
+        alpha=_pointer(alpha, torch.float32, (rank, k)),
+        rank=rank,
+        x_q=_pointer(x_q, torch.int8),
+        scale=_pointer(scale, torch.float32),
+        zero=_pointer(zero, torch.int32),
+        u=_pointer(u, torch.float32),
+        row_sum=_pointer(row_sum, torch.int32),
+        transformed=_pointer(transformed, torch.float32, (m, k)),
+    )
+    with torch.cuda.device(x.device):
+        _library(x.device.index).quantize_rows(arguments, _stream(x))
+
+
+def _modulation(modulation: tuple[torch.Tensor | None, torch.Tensor | None], m: int, k: int) -> tuple[int, int]:
+    """How many rows a modulation has, and how far apart in memory: (1, 0) where there is none."""
+    given = [t for t in modulation if t is not None]
+    if not given:
+        return 1, 0
+    rows, stride = given[0].shape[0], given[0].stride(0)
+    for tensor in given:
+        fits = tensor.shape == (rows, k) and tensor.stride() == (stride, 1) and tensor.dtype == torch.float32
+        if not fits or m % rows:
+            raise QvditError(
+                f"a modulation of {tensor.dtype} {tuple(tensor.shape)} and strides {tensor.stride()} for {m} rows",
+                f"float32 [B, {k}], B dividing the rows, both alike",
+                "expand it to one row a sample",
+            )
+    return rows, stride
+
+
+def _new(like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Where a kernel writes. One place, so that tests can poison it."""
+    return torch.empty(shape, dtype=dtype, device=like.device)
+
+
+def _pointer(tensor: torch.Tensor | None, dtype: torch.dtype, shape: tuple[int, ...] | None = None) -> int | None:
+    """A tensor's address, checked; None for no tensor or an empty one."""
+    if tensor is None:
+        return None
+    if tensor.dtype != dtype or not tensor.is_contiguous() or (shape is not None and tuple(tensor.shape) != shape):
+        raise QvditError(
+            f"{tensor.dtype} {tuple(tensor.shape)}{'' if tensor.is_contiguous() else ', not contiguous'}",
+            f"{dtype} {'' if shape is None else shape}".strip(),
+            "convert it before the call",
+        )
+    return tensor.data_ptr() or None
+
+
+def _stream(tensor: torch.Tensor) -> int:
+    return torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+@functools.cache
+def _library(device: int) -> cuda.KernelLibrary:
+    """The library, once known to serve this device, which is the current one."""
+    found = cuda.library()
+    found.check_device()
+    return found

@@ -1,0 +1,255 @@
+"""The quantization kernels against the eager reference on the CPU: integers and scales equal, to the bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from qvdit.contract import FrameRows, QvditError
+from qvdit.method import operator
+from qvdit.runtimes import torch_ops
+from qvdit.runtimes.cuda import STORED_ZERO
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# Features: one vector and less, odd, one warp, more, each number of vectors a thread (3, 4, 5), the largest.
+FEATURES = [1, 7, 33, 64, 768, 1000, 1152, 1536, 2049, 5120, 8960, 16384]
+EPS = float(np.finfo(np.float32).eps)
+
+
+def rows_of_any_kind(m: int, k: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
+    """Normal rows, and among them huge, tiny, zero, one-sided and constant ones, and exact ties."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(m, k, generator=generator)
+    top = 30.0 if dtype != torch.float16 else 4.0
+    for row in range(m):
+        kind = row % 7
+        if kind == 1:
+            x[row] *= 10.0 ** float(torch.empty(()).uniform_(-top, top, generator=generator))
+        elif kind == 2:
+            x[row] = x[row].abs() * (-1) ** (row // 7)
+        elif kind == 3:
+            x[row] = torch.randint(-254, 255, (k,), generator=generator) / 2  # ties wherever the scale is 1
+            x[row, 0] = 127
+        elif kind == 4:
+            x[row] = 0 if row // 7 % 2 else 3.5
+        elif kind == 5:
+            x[row] *= 1e-12
+    return x.to(dtype)
+
+
+def quantize(x: torch.Tensor, *arguments, **keywords) -> list[torch.Tensor]:
+    """quantize_rows on the GPU; results on the CPU."""
+    moved = {n: v.cuda() if isinstance(v, torch.Tensor) else v for n, v in keywords.items()}
+    return [t.cpu() for t in torch.ops.qvdit.quantize_rows(x.cuda(), *arguments, **moved)]
+
+
+def assert_rows_equal(found: list[torch.Tensor], expected: operator.QuantizedRows, k: int, symmetric: bool) -> None:
+    x_q, scale, zero, _, row_sum = found
+    offset = 0 if symmetric else STORED_ZERO
+    torch.testing.assert_close(scale[:, None], expected.scale, rtol=0, atol=0, equal_nan=True)
+    np.testing.assert_array_equal(x_q[:, :k].int() + offset, expected.x_q.int())
+    assert not x_q[:, k:].any()
+    if symmetric:
+        assert expected.zero is None
+        assert zero.numel() == 0
+    else:
+        np.testing.assert_array_equal(zero[:, None] + offset, expected.zero.int())
+    if row_sum.numel():
+        np.testing.assert_array_equal(row_sum, expected.centred().double().sum(-1).int())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", FEATURES)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [8, 6])
+def test_integers_and_scales_are_the_references(dtype, k, symmetric, bits):
+    for m in (1, 7, 129):
+        x = rows_of_any_kind(m, k, dtype, seed=m)
+        expected = operator.quantize_rows(operator.transform(x), bits, symmetric)
+        assert_rows_equal(quantize(x, bits, symmetric, row_sums=True), expected, k, symmetric)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("k", [33, 1152, 4608])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_inv_smooth(symmetric, k, dtype):
+    x = rows_of_any_kind(64, k, dtype, seed=1)
+    inv_smooth = torch.randn(k, generator=torch.Generator().manual_seed(2)).exp()
+    expected = operator.quantize_rows(operator.transform(x, inv_smooth), 8, symmetric)
+    assert_rows_equal(quantize(x, 8, symmetric, inv_smooth=inv_smooth), expected, k, symmetric)
+
+
+def test_the_scale_divides():
+    """At exact halves a multiplication by the reciprocal goes to the wrong side sooner or later."""
+    halves = torch.cat([torch.tensor([127.0]), torch.arange(126) + 0.5])
+    x = torch.arange(1, 40001, 2)[:, None].float() * halves
+    expected = operator.quantize_rows(x, 8, True)
+    assert_rows_equal(quantize(x, 8, True), expected, 127, True)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("k", [33, 1152, 5120])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_and_inf_make_their_row_nan_and_no_other(symmetric, value, k, dtype):
+    x = rows_of_any_kind(30, k, dtype, seed=3)
+    x[4, 0] = x[11, k // 2] = x[22, k - 1] = value
+    x[23] = value
+    alpha = torch.randn(2, k, generator=torch.Generator().manual_seed(4))
+    expected = operator.quantize_rows(operator.transform(x), 8, symmetric)
+    found = quantize(x, 8, symmetric, alpha=alpha, row_sums=True)
+    assert_rows_equal(found, expected, k, symmetric)
+    bad = [4, 11, 22, 23]
+    assert found[1].isnan().nonzero()[:, 0].tolist() == bad
+    assert found[3].isnan().all(-1).nonzero()[:, 0].tolist() == bad
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_largest_finite_values(symmetric):
+    """Their range overflows: asymmetric scales become Inf, and nothing NaN but what the reference makes so."""
+    x = torch.full((3, 64), torch.finfo(torch.float32).max)
+    x[:, ::2] *= -1
+    expected = operator.quantize_rows(x, 8, symmetric)
+    assert expected.scale.isinf().all() == (not symmetric)
+    assert_rows_equal(quantize(x, 8, symmetric, row_sums=True), expected, 64, symmetric)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("rank", [1, 3, 4, 32])
+@pytest.mark.parametrize("k", [33, 1152, 5120])
+@pytest.mark.parametrize("frames", [0, 3])
+def test_low_rank_input_side(symmetric, rank, k, frames):
+    m, tokens = 40, 5
+    x = rows_of_any_kind(m, k, torch.bfloat16, seed=5)
+    generator = torch.Generator().manual_seed(6)
+    alpha = torch.randn(rank, k, generator=generator)
+    gain = torch.randn(frames, generator=generator) if frames else None
+    rows = operator.quantize_rows(operator.transform(x), 8, symmetric)
+    factor = rows.scale.double()
+    if gain is not None:
+        factor = factor * gain.double()[torch.arange(m) // tokens % frames][:, None]
+    expected = factor * (rows.centred().double() @ alpha.T.double())
+    terms = factor.abs() * (rows.centred().double().abs() @ alpha.T.double().abs())
+    found = quantize(x, 8, symmetric, alpha=alpha, frame_gain=gain, tokens_per_frame=tokens)
+    assert_rows_equal(found, rows, k, symmetric)
+    assert ((found[3].double() - expected).abs() <= 8 * EPS * terms + 1e-37).all()
+
+
+def run_transformed(
+    x: torch.Tensor, symmetric: bool, prologue: str, **keywords
+) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """quantize_rows' results and the x̃ that it quantized."""
+    on_gpu = x.cuda()
+    outputs = torch_ops._quantized(on_gpu, symmetric, None, False)
+    transformed = torch.full((x.numel() // x.shape[-1], x.shape[-1]), 77.0, device="cuda")
+    modulation = tuple(None if (t := keywords.get(name)) is None else t.cuda() for name in ("scale", "shift"))
+    inv_smooth = None if (t := keywords.get("inv_smooth")) is None else t.cuda()
+    torch_ops._launch_quantize(
+        outputs, on_gpu, 8, symmetric, inv_smooth, None, None, 1, prologue, modulation, 1e-6, transformed
+    )
+    return [t.cpu() for t in outputs], transformed.cpu()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [33, 1152, 1536, 5120])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("smooth", [False, True])
+def test_gelu(dtype, k, symmetric, smooth):
+    x = 4 * torch.randn(50, k, generator=torch.Generator().manual_seed(7))
+    x[0] *= 1e3
+    x = x.to(dtype)
+    inv_smooth = torch.rand(k, generator=torch.Generator().manual_seed(8)) + 0.5 if smooth else None
+    found, transformed = run_transformed(x, symmetric, "gelu", inv_smooth=inv_smooth)
+    expected = torch.nn.functional.gelu(x.double(), approximate="tanh")
+    expected = expected if inv_smooth is None else expected * inv_smooth
+    assert ((transformed - expected).abs() <= 32 * EPS * expected.abs() + 1e-6).all()
+    assert_rows_equal(found, operator.quantize_rows(transformed, 8, symmetric), k, symmetric)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [33, 1152, 1536, 5120])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("parts", [(), ("shift",), ("scale", "shift")])
+def test_layernorm_and_modulation(dtype, k, symmetric, parts):
+    generator = torch.Generator().manual_seed(9)
+    batch, tokens = 3, 17
+    x = (torch.randn(batch * tokens, k, generator=generator) * 3 + 5).to(dtype)
+    # As models make them: several modulations of a sample beside each other.
+    together = torch.randn(batch, 6, k, generator=generator).cuda()
+    modulation = {name: together[:, i] for i, name in enumerate(("scale", "shift")) if name in parts}
+    found, transformed = run_transformed(x, symmetric, "layernorm", **modulation)
+    expected = torch.nn.functional.layer_norm(x.double(), (k,), eps=1e-6)
+    rows = {name: t.cpu().double().repeat_interleave(tokens, 0) for name, t in modulation.items()}
+    expected = expected * (1 + rows.get("scale", torch.zeros(()))) + rows.get("shift", torch.zeros(()))
+    assert ((transformed - expected).abs() <= 64 * EPS * (1 + expected.abs()) * 4).all()
+    assert_rows_equal(found, operator.quantize_rows(transformed, 8, symmetric), k, symmetric)
+
+
+@pytest.mark.parametrize("prologue", ["gelu", "layernorm"])
+def test_fused_rows_with_nan(prologue):
+    x = torch.randn(8, 1152, generator=torch.Generator().manual_seed(10))
+    x[3, 77] = torch.nan
+    x[5, 1] = torch.inf
+    found, _ = run_transformed(x, True, prologue)
+    assert found[1].isnan().nonzero()[:, 0].tolist() == [3, 5]
+    assert not found[0][[3, 5]].any()
+
+
+def test_rows_need_not_be_aligned_or_contiguous():
+    x = torch.randn(20, 2 * 1153, generator=torch.Generator().manual_seed(11)).half()
+    view = x.cuda()[:, 1 : 2 * 1152 + 1 : 2]
+    expected = operator.quantize_rows(view.cpu().float(), 8, True)
+    assert_rows_equal([t.cpu() for t in torch.ops.qvdit.quantize_rows(view, 8, True)], expected, 1152, True)
+    flat = torch.randn(1 + 12 * 1152, generator=torch.Generator().manual_seed(12)).half().cuda()
+    shifted = flat[1:].view(12, 1152)  # contiguous, 2 bytes past a multiple of 16
+    expected = operator.quantize_rows(shifted.cpu().float(), 8, True)
+    assert_rows_equal([t.cpu() for t in torch.ops.qvdit.quantize_rows(shifted, 8, True)], expected, 1152, True)
+
+
+def test_frames_are_those_of_the_reference():
+    shape = (2, 12, 64)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(13))
+    gain, alpha = torch.tensor([1.0, -2.0, 3.0]), torch.ones(1, 64)
+    rows = operator.quantize_rows(x, 8, True)
+    expected = operator.rank_term(rows, alpha.T, torch.ones(1, 1), gain, FrameRows.SEQUENCE)
+    found = quantize(
+        x, 8, True, alpha=alpha, frame_gain=gain, tokens_per_frame=FrameRows.SEQUENCE.tokens_per_frame(12, 3)
+    )
+    torch.testing.assert_close(found[3], expected.reshape(-1, 1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.unguarded
+def test_more_than_two_billion_elements():
+    m, k = 160_000, 13_824
+    x = torch.empty(m, k, dtype=torch.float16, device="cuda").normal_()
+    x_q, scale = torch.ops.qvdit.quantize_rows(x, 8, True)[:2]
+    for part in (slice(0, 3), slice(155_340, 155_350), slice(m - 3, m)):  # about and past 2^31
+        expected = operator.quantize_rows(x[part].cpu().float(), 8, True)
+        np.testing.assert_array_equal(x_q[part].cpu().int(), expected.x_q.int())
+        torch.testing.assert_close(scale[part].cpu()[:, None], expected.scale, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"act_bits": 7}, "7 activation bits"),
+        ({"alpha": torch.zeros(33, 64)}, "rank 33; at most 32"),
+        ({"frame_gain": torch.ones(2), "tokens_per_frame": 0}, "0 tokens a frame"),
+        ({"modulation_scale": torch.zeros(1, 64)}, "modulation without a LayerNorm"),
+        ({"inv_smooth": torch.zeros(63)}, r"\(63,\)"),
+        ({"prologue": "relu"}, "relu"),
+    ],
+)
+def test_refusals(keywords, message):
+    with pytest.raises(QvditError, match=message):
+        quantize(torch.zeros(4, 64), **{"act_bits": 8, "symmetric": True, **keywords})
+
+
+def test_too_many_features():
+    with pytest.raises(QvditError, match="16385"):
+        quantize(torch.zeros(1, 16385), 8, True)
+
+
+def test_no_rows():
+    assert [len(t) for t in quantize(torch.zeros(0, 64), 8, False)][:3] == [0, 0, 0]

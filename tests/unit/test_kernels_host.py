@@ -1,0 +1,166 @@
+"""What of the CUDA kernels runs without a GPU: shared headers on the host, the interface, and that they compile."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qvdit.contract import WEIGHT_BITS, QvditError
+from qvdit.contract.layer import ROW_PAD
+from qvdit.contract.packing import pack, unpack
+from qvdit.runtimes import cuda
+
+CSRC = Path(__file__).parents[2] / "runtimes" / "csrc"
+HOST_FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror")
+
+
+@pytest.fixture(scope="module")
+def host(shared: Callable[..., Path]) -> ctypes.CDLL:
+    """The headers that kernels and host share, as a library."""
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+
+    def build(folder: Path) -> None:
+        folder.mkdir()
+        command = [compiler, *HOST_FLAGS, "-shared", "-fPIC", str(CSRC / "host.cc"), "-o", str(folder / "libhost.so")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+    library = ctypes.CDLL(str(shared("kernels-host", build) / "libhost.so"))
+    library.qvdit_host_wrong_quotients.restype = ctypes.c_int64
+    library.qvdit_host_wrong_quotients.argtypes = (ctypes.c_int64, ctypes.c_int64)
+    return library
+
+
+def host_unpack(host: ctypes.CDLL, words: np.ndarray, bits: int, k: int) -> np.ndarray:
+    weight = np.full((len(words), k), 0x5A, np.int8)
+    size = ctypes.c_int64
+    status = host.qvdit_host_unpack(
+        words.ctypes.data_as(ctypes.c_void_p), bits, size(len(words)), size(k), weight.ctypes.data_as(ctypes.c_void_p)
+    )
+    assert status == cuda.Status.OK
+    return weight
+
+
+@given(st.sampled_from(WEIGHT_BITS), st.integers(1, 9), st.integers(1, 200), st.integers(0, 2**32 - 1))
+def test_kernels_unpack_what_python_packs(host, bits, n, k, seed):
+    half = 1 << (bits - 1)
+    weight = np.random.default_rng(seed).integers(-half, half, (n, k)).astype(np.int8)
+    np.testing.assert_array_equal(host_unpack(host, pack(weight, bits), bits, k), weight)
+
+
+@given(st.sampled_from(WEIGHT_BITS), st.integers(1, 5), st.integers(1, 3), st.integers(0, 2**32 - 1))
+def test_kernels_and_python_read_any_words_alike(host, bits, n, blocks, seed):
+    words = np.random.default_rng(seed).integers(0, 1 << 32, (n, bits * blocks), np.uint32)
+    k = ROW_PAD * blocks
+    np.testing.assert_array_equal(host_unpack(host, words, bits, k), unpack(words, bits, k))
+
+
+@pytest.mark.parametrize("bits", [0, 1, 5, 7, 16])
+def test_other_widths_are_refused(host, bits):
+    nothing, size = ctypes.c_void_p(), ctypes.c_int64(1)
+    assert host.qvdit_host_unpack(nothing, bits, size, size, nothing) == cuda.Status.INVALID
+
+
+def test_quotients_near_ties_are_rounded_as_a_division_is(host):
+    """2048 divisors; QVDIT_EXHAUSTIVE=1 takes all 2^23 (ten seconds)."""
+    step = 1 if os.environ.get("QVDIT_EXHAUSTIVE") else 4097
+    assert host.qvdit_host_wrong_quotients(1 << 23, step) == 0
+
+
+@given(
+    st.floats(np.float32(1e-8), np.float32(1e36), width=32),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from([31.0, 63.0, 127.0, 255.0]),
+)
+def test_quotients_of_any_size_are_rounded_as_a_division_is(host, divisor, seed, levels):
+    rng = np.random.default_rng(seed)
+    quotients = np.concatenate([rng.uniform(-levels, levels, 500), 10.0 ** rng.uniform(-45, 2, 500), [0.0, -0.0]])
+    with np.errstate(under="ignore"):
+        x = (np.minimum(quotients, levels) * float(divisor)).astype(np.float32)
+        expected = np.rint(x / np.float32(divisor))
+    found = np.full_like(x, np.nan)
+    host.qvdit_host_round_quotients(
+        x.ctypes.data_as(ctypes.c_void_p),
+        ctypes.c_float(divisor),
+        ctypes.c_int64(len(x)),
+        found.ctypes.data_as(ctypes.c_void_p),
+    )
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_python_repeats_the_argument_structs(host):
+    sizes = (ctypes.c_int64 * 3)()
+    host.qvdit_host_struct_sizes(sizes)
+    assert list(sizes) == [ctypes.sizeof(s) for s in (cuda.QuantizeArgs, cuda.UnpackArgs, cuda.GemmArgs)]
+    header = (CSRC / "qvdit_kernels.h").read_text()
+    for struct in (cuda.QuantizeArgs, cuda.UnpackArgs, cuda.GemmArgs):
+        name = {"QuantizeArgs": "quantize", "UnpackArgs": "unpack", "GemmArgs": "gemm"}[struct.__name__]
+        body = header.split(f"struct qvdit_{name}_args {{")[1].split("\n};")[0]
+        code = " ".join(line.split("//")[0] for line in body.splitlines())
+        declared = [
+            name.split()[-1].lstrip("*") for part in code.split(";") if part.strip() for name in part.split(",")
+        ]
+        assert [field[0] for field in struct._fields_] == declared
+
+
+def test_python_repeats_the_enums():
+    header = (CSRC / "qvdit_kernels.h").read_text()
+    for prefix, enum in (("QVDIT_TILE_", cuda.Tile), ("QVDIT_", cuda.Dtype), ("QVDIT_", cuda.Prologue)):
+        for member in enum:
+            assert f"{prefix}{member.name} = {member.value}" in header
+    assert f"#define QVDIT_ABI {cuda.ABI}" in header
+
+
+def test_no_library_is_one_sentence(monkeypatch, tmp_path):
+    monkeypatch.delenv(cuda.VARIABLE, raising=False)
+    monkeypatch.setattr(cuda, "_PLACES", (tmp_path / "lib.so",))
+    with pytest.raises(QvditError, match=r"no libqvdit_kernels\.so .* cmake"):
+        cuda.library_path()
+
+
+def test_a_named_library_that_is_none(monkeypatch, tmp_path, host):
+    broken = tmp_path / "broken.so"
+    broken.write_text("no library")
+    monkeypatch.setenv(cuda.VARIABLE, str(broken))
+    with pytest.raises(QvditError, match=r"broken\.so"):
+        cuda.KernelLibrary(cuda.library_path())
+    with pytest.raises(QvditError, match="the CUDA kernels' library"):  # a library, but another
+        cuda.KernelLibrary(Path(host._name))
+
+
+# One kernel of each kind, one for each generation of GPUs; the GPU build compiles the rest.
+@pytest.mark.parametrize(
+    ("source", "architecture"),
+    [
+        ("device.cu", "87"),
+        ("unpack_weight.cu", "110"),
+        ("gemm_mma_bf16.cu", "80"),
+        ("quantize_gelu.cu", "90a"),
+        ("gemm.cu", "120"),
+    ],
+)
+def test_kernels_compile(source, architecture, tmp_path):
+    compiler = shutil.which("nvcc")
+    if compiler is None:
+        pytest.skip("NO NVCC HERE: THE CUDA KERNELS ARE NOT COMPILED")
+    known = subprocess.run([compiler, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
+    if f"sm_{architecture.rstrip('a')}" not in known:
+        pytest.skip(f"this nvcc does not know sm_{architecture}")
+    target = f"arch=compute_{architecture},code=sm_{architecture}"
+    options = ["-std=c++17", "-O3", "-DNDEBUG", '-DQVDIT_ARCHITECTURES="test"', "--Werror=all-warnings", "-Xptxas=-v"]
+    command = [compiler, *options, "-gencode", target, "-c", str(CSRC / source), "-o", str(tmp_path / "kernel.o")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    spills = [line for line in done.stderr.splitlines() if "spill" in line and not line.strip().startswith("0 bytes")]
+    assert not spills, spills

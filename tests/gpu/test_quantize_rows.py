@@ -38,6 +38,11 @@ def rows_of_any_kind(m: int, k: int, dtype: torch.dtype, seed: int) -> torch.Ten
     return x.to(dtype)
 
 
+def reference_rows(x: torch.Tensor, bits: int, symmetric: bool) -> operator.QuantizedRows:
+    """What the kernels must give, by the eager reference."""
+    return operator.quantize_rows(x, torch.tensor(float(operator.act_levels(bits, symmetric))), symmetric)
+
+
 def quantize(x: torch.Tensor, *arguments, **keywords) -> list[torch.Tensor]:
     """quantize_rows on the GPU; results on the CPU."""
     moved = {n: v.cuda() if isinstance(v, torch.Tensor) else v for n, v in keywords.items()}
@@ -66,7 +71,7 @@ def assert_rows_equal(found: list[torch.Tensor], expected: operator.QuantizedRow
 def test_integers_and_scales_are_the_references(dtype, k, symmetric, bits):
     for m in (1, 7, 129):
         x = rows_of_any_kind(m, k, dtype, seed=m)
-        expected = operator.quantize_rows(operator.transform(x), bits, symmetric)
+        expected = reference_rows(operator.transform(x), bits, symmetric)
         assert_rows_equal(quantize(x, bits, symmetric, row_sums=True), expected, k, symmetric)
 
 
@@ -76,7 +81,7 @@ def test_integers_and_scales_are_the_references(dtype, k, symmetric, bits):
 def test_inv_smooth(symmetric, k, dtype):
     x = rows_of_any_kind(64, k, dtype, seed=1)
     inv_smooth = torch.randn(k, generator=torch.Generator().manual_seed(2)).exp()
-    expected = operator.quantize_rows(operator.transform(x, inv_smooth), 8, symmetric)
+    expected = reference_rows(operator.transform(x, inv_smooth), 8, symmetric)
     assert_rows_equal(quantize(x, 8, symmetric, inv_smooth=inv_smooth), expected, k, symmetric)
 
 
@@ -84,7 +89,7 @@ def test_the_scale_divides():
     """At exact halves a multiplication by the reciprocal goes to the wrong side sooner or later."""
     halves = torch.cat([torch.tensor([127.0]), torch.arange(126) + 0.5])
     x = torch.arange(1, 40001, 2)[:, None].float() * halves
-    expected = operator.quantize_rows(x, 8, True)
+    expected = reference_rows(x, 8, True)
     assert_rows_equal(quantize(x, 8, True), expected, 127, True)
 
 
@@ -97,7 +102,7 @@ def test_nan_and_inf_make_their_row_nan_and_no_other(symmetric, value, k, dtype)
     x[4, 0] = x[11, k // 2] = x[22, k - 1] = value
     x[23] = value
     alpha = torch.randn(2, k, generator=torch.Generator().manual_seed(4))
-    expected = operator.quantize_rows(operator.transform(x), 8, symmetric)
+    expected = reference_rows(operator.transform(x), 8, symmetric)
     found = quantize(x, 8, symmetric, alpha=alpha, row_sums=True)
     assert_rows_equal(found, expected, k, symmetric)
     bad = [4, 11, 22, 23]
@@ -110,7 +115,7 @@ def test_largest_finite_values(symmetric):
     """Their range overflows: asymmetric scales become Inf, and nothing NaN but what the reference makes so."""
     x = torch.full((3, 64), torch.finfo(torch.float32).max)
     x[:, ::2] *= -1
-    expected = operator.quantize_rows(x, 8, symmetric)
+    expected = reference_rows(x, 8, symmetric)
     assert expected.scale.isinf().all() == (not symmetric)
     assert_rows_equal(quantize(x, 8, symmetric, row_sums=True), expected, 64, symmetric)
 
@@ -125,7 +130,7 @@ def test_low_rank_input_side(symmetric, rank, k, frames):
     generator = torch.Generator().manual_seed(6)
     alpha = torch.randn(rank, k, generator=generator)
     gain = torch.randn(frames, generator=generator) if frames else None
-    rows = operator.quantize_rows(operator.transform(x), 8, symmetric)
+    rows = reference_rows(operator.transform(x), 8, symmetric)
     factor = rows.scale.double()
     if gain is not None:
         factor = factor * gain.double()[torch.arange(m) // tokens % frames][:, None]
@@ -164,7 +169,7 @@ def test_gelu(dtype, k, symmetric, smooth):
     expected = torch.nn.functional.gelu(x.double(), approximate="tanh")
     expected = expected if inv_smooth is None else expected * inv_smooth
     assert ((transformed - expected).abs() <= 32 * EPS * expected.abs() + 1e-6).all()
-    assert_rows_equal(found, operator.quantize_rows(transformed, 8, symmetric), k, symmetric)
+    assert_rows_equal(found, reference_rows(transformed, 8, symmetric), k, symmetric)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -183,7 +188,7 @@ def test_layernorm_and_modulation(dtype, k, symmetric, parts):
     rows = {name: t.cpu().double().repeat_interleave(tokens, 0) for name, t in modulation.items()}
     expected = expected * (1 + rows.get("scale", torch.zeros(()))) + rows.get("shift", torch.zeros(()))
     assert ((transformed - expected).abs() <= 64 * EPS * (1 + expected.abs()) * 4).all()
-    assert_rows_equal(found, operator.quantize_rows(transformed, 8, symmetric), k, symmetric)
+    assert_rows_equal(found, reference_rows(transformed, 8, symmetric), k, symmetric)
 
 
 @pytest.mark.parametrize("prologue", ["gelu", "layernorm"])
@@ -199,11 +204,11 @@ def test_fused_rows_with_nan(prologue):
 def test_rows_need_not_be_aligned_or_contiguous():
     x = torch.randn(20, 2 * 1153, generator=torch.Generator().manual_seed(11)).half()
     view = x.cuda()[:, 1 : 2 * 1152 + 1 : 2]
-    expected = operator.quantize_rows(view.cpu().float(), 8, True)
+    expected = reference_rows(view.cpu().float(), 8, True)
     assert_rows_equal([t.cpu() for t in torch.ops.qvdit.quantize_rows(view, 8, True)], expected, 1152, True)
     flat = torch.randn(1 + 12 * 1152, generator=torch.Generator().manual_seed(12)).half().cuda()
     shifted = flat[1:].view(12, 1152)  # contiguous, 2 bytes past a multiple of 16
-    expected = operator.quantize_rows(shifted.cpu().float(), 8, True)
+    expected = reference_rows(shifted.cpu().float(), 8, True)
     assert_rows_equal([t.cpu() for t in torch.ops.qvdit.quantize_rows(shifted, 8, True)], expected, 1152, True)
 
 
@@ -211,7 +216,7 @@ def test_frames_are_those_of_the_reference():
     shape = (2, 12, 64)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(13))
     gain, alpha = torch.tensor([1.0, -2.0, 3.0]), torch.ones(1, 64)
-    rows = operator.quantize_rows(x, 8, True)
+    rows = reference_rows(x, 8, True)
     expected = operator.rank_term(rows, alpha.T, torch.ones(1, 1), gain, FrameRows.SEQUENCE)
     found = quantize(
         x, 8, True, alpha=alpha, frame_gain=gain, tokens_per_frame=FrameRows.SEQUENCE.tokens_per_frame(12, 3)
@@ -225,7 +230,7 @@ def test_more_than_two_billion_elements():
     x = torch.empty(m, k, dtype=torch.float16, device="cuda").normal_()
     x_q, scale = torch.ops.qvdit.quantize_rows(x, 8, True)[:2]
     for part in (slice(0, 3), slice(155_340, 155_350), slice(m - 3, m)):  # about and past 2^31
-        expected = operator.quantize_rows(x[part].cpu().float(), 8, True)
+        expected = reference_rows(x[part].cpu().float(), 8, True)
         np.testing.assert_array_equal(x_q[part].cpu().int(), expected.x_q.int())
         torch.testing.assert_close(scale[part].cpu()[:, None], expected.scale, rtol=0, atol=0)
 

@@ -151,7 +151,7 @@ def time_shape(m: int, n: int, k: int) -> list[dict]:
             "bias": bias.data_ptr(),
             "y": y.data_ptr(),
         }
-        sizes = {"m": m, "n": n, "k_pad": k, "rank": rank, "y_dtype": cuda.Dtype.BF16, "tile": tile}
+        sizes = {"m": m, "n": n, "k_pad": k, "rank": rank, "segment": n, "y_dtype": cuda.Dtype.BF16, "tile": tile}
         cuda.library().low_bit_gemm(cuda.GemmArgs(**pointers, **sizes), torch.cuda.current_stream().cuda_stream)
 
     def linear(i: int, rank: int) -> torch.Tensor:

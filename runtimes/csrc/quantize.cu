@@ -19,7 +19,7 @@ int32_t check(const qvdit_quantize_args& args) {
   const long long tokens = args.tokens_per_frame, ranks = args.ranks_per_gain;
   QVDIT_REQUIRE(!args.frame_gain || (args.frames > 0 && tokens > 0 && tokens <= INT32_MAX),
                 "a frame gain of %d frames with %lld tokens a frame", args.frames, tokens);
-  QVDIT_REQUIRE(!args.frame_gain || (ranks > 0 && rank % ranks == 0), "%lld ranks of %lld share a frame gain", ranks,
+  QVDIT_REQUIRE(!args.frame_gain || rank == 0 || (ranks > 0 && rank % ranks == 0), "%lld ranks of %lld share a frame gain", ranks,
                 rank);
   QVDIT_REQUIRE(aligned(args.x_q), "x_q is not on a multiple of 16 bytes");
   const bool modulated = args.modulation_scale || args.modulation_shift;
@@ -30,6 +30,29 @@ int32_t check(const qvdit_quantize_args& args) {
 }
 
 }  // namespace
+
+namespace qvdit {
+
+int32_t resident_blocks(const void* kernel, int threads, int shared, int& blocks) {
+  constexpr int kAlwaysAllowed = 48 << 10;
+  int device = 0, multiprocessors = 0, each = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  }
+  if (error == cudaSuccess && shared > kAlwaysAllowed) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  }
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shared);
+  if (error != cudaSuccess || each < 1) {
+    cudaGetLastError();  // it is reported here, not by the next launch
+    return fail(QVDIT_CUDA, "quantize_rows does not fit this device: %s", cudaGetErrorString(error));
+  }
+  blocks = each * multiprocessors;
+  return QVDIT_OK;
+}
+
+}  // namespace qvdit
 
 extern "C" int32_t qvdit_quantize_rows(const qvdit_quantize_args* args, void* stream) {
   if (args->m == 0) return QVDIT_OK;  // whose pointers are null

@@ -229,30 +229,55 @@ __device__ void store_transformed(const Values& values, const qvdit_quantize_arg
   }
 }
 
-template <typename In, typename Prologue, int kVectors, bool kVectorized, bool kSymmetric>
-#ifndef QREGS
-#define QREGS __launch_bounds__(32 * kMaxWarps, 1)
-#endif
-__global__ void QREGS
-    quantize_rows_kernel(const __grid_constant__ QuantizeParams params) {
-  __shared__ float partial[4][kMaxWarps];
-  __shared__ float partial_u[kMaxWarps][kMaxRank];
-  __shared__ int partial_sum[kMaxWarps];
-  const qvdit_quantize_args& args = params.args;
-  const int features = static_cast<int>(args.k);
+// The next row on its way to shared memory while this one is computed: a thread's own vectors, which it alone reads back,
+// so that nobody waits for anybody. Vector v of the block's thread t is at [v · threads of the block + t].
+template <typename In, int kVectors>
+struct StagedRow {
+  static constexpr int kChunks = kVector * static_cast<int>(sizeof(In)) / 16;  // of a vector
+  uint4* own;
+  int step;  // threads of the block
 
-  const int warps = blockDim.x / 32, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  RowThreads threads{warps, warp, lane, static_cast<int>(threadIdx.y) * warps, partial};
-  RowValues<kVectors, kVectorized> values;
-  // Rows past the last are computed as the last and not stored: everybody meets at the barriers.
-  const uint32_t rows = static_cast<uint32_t>(args.m), row = blockIdx.x * blockDim.y + threadIdx.y;
-  const bool stores = row < rows;
-  values.row = stores ? row : rows - 1;
-  values.thread = threadIdx.x, values.threads = blockDim.x;
-
-  const In* x = static_cast<const In*>(args.x) + static_cast<int64_t>(values.row) * args.k;
+  template <typename Values>
+  __device__ __forceinline__ void fetch(const In* row, const Values& values, int features) const {
 #pragma unroll
-  for (int v = 0; v < kVectors; ++v) load_vector<kVectorized>(x, values.k(v), features, values.x[v]);
+    for (int v = 0; v < kVectors; ++v) {
+      if (values.k(v) >= features) continue;
+#pragma unroll
+      for (int i = 0; i < kChunks; ++i) {
+        const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(own + (v * kChunks + i) * step));
+        const In* from = row + values.k(v) + i * (kVector / kChunks);
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
+      }
+    }
+    asm volatile("cp.async.commit_group;");
+  }
+
+  template <typename Values>
+  __device__ __forceinline__ void read(Values& values, int features) const {
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      uint4 words[kChunks] = {};
+      if (values.k(v) < features) {
+#pragma unroll
+        for (int i = 0; i < kChunks; ++i) words[i] = own[(v * kChunks + i) * step];
+      }
+      const In* elements = reinterpret_cast<const In*>(words);
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) values.x[v][i] = to_float(elements[i]);
+    }
+  }
+};
+
+// One row: x in the registers → integers, scale, zero point, u and row sum.
+template <typename Prologue, bool kSymmetric, typename Values>
+__device__ __forceinline__ void quantize_row(Values& values, RowThreads threads, const QuantizeParams& params,
+                                             bool stores, float (*partial_u)[kMaxRank], int* partial_sum) {
+  constexpr int kVectors = Values::kVectors;
+  constexpr bool kVectorized = Values::kVectorized;
+  const qvdit_quantize_args& args = params.args;
+  const int features = static_cast<int>(args.k), warps = threads.warps, warp = threads.warp, lane = threads.lane;
+  const uint32_t row = values.row;
   Prologue::apply(values, threads, params);
   if (args.inv_smooth) {
 #pragma unroll
@@ -361,6 +386,49 @@ __global__ void QREGS
   }
 }
 
+// A block takes every gridDim.x-th group of rows. What it shares is written again only after a barrier that comes after
+// the last reading of it: each row's first reduction (or warp) for partial_u, its end for the reductions' places.
+template <typename In, typename Prologue, int kVectors, bool kVectorized, bool kSymmetric>
+__global__ void __launch_bounds__(32 * kMaxWarps, 1)
+    quantize_rows_kernel(const __grid_constant__ QuantizeParams params) {
+  extern __shared__ uint4 staging[];
+  __shared__ float partial[4][kMaxWarps];
+  __shared__ float partial_u[kMaxWarps][kMaxRank];
+  __shared__ int partial_sum[kMaxWarps];
+  const qvdit_quantize_args& args = params.args;
+  const int features = static_cast<int>(args.k), warps = blockDim.x / 32;
+  const RowThreads threads{warps, static_cast<int>(threadIdx.x) / 32, static_cast<int>(threadIdx.x) % 32,
+                           static_cast<int>(threadIdx.y) * warps, partial};
+  RowValues<kVectors, kVectorized> values;
+  values.thread = threadIdx.x, values.threads = blockDim.x;
+
+  // Rows past the last are computed as the last and not stored: everybody meets at the barriers.
+  const uint32_t rows = static_cast<uint32_t>(args.m), step = gridDim.x * blockDim.y;
+  const auto row_of = [&](uint32_t first) { return min(first + threadIdx.y, rows - 1); };
+  const auto start_of = [&](uint32_t first) {
+    return static_cast<const In*>(args.x) + static_cast<int64_t>(row_of(first)) * args.k;
+  };
+  const StagedRow<In, kVectors> staged{staging + threadIdx.y * blockDim.x + threadIdx.x,
+                                       static_cast<int>(blockDim.x * blockDim.y)};
+  uint32_t first = blockIdx.x * blockDim.y;
+  if constexpr (kVectorized) staged.fetch(start_of(first), values, features);
+#pragma unroll 1
+  for (; first < rows; first += step) {
+    if constexpr (kVectorized) {
+      staged.read(values, features);
+      if (rows - first > step) staged.fetch(start_of(first + step), values, features);
+    } else {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) load_vector<false>(start_of(first), values.k(v), features, values.x[v]);
+    }
+    values.row = row_of(first);
+    quantize_row<Prologue, kSymmetric>(values, threads, params, first + threadIdx.y < rows, partial_u, partial_sum);
+  }
+}
+
+// How many blocks of a kernel run at once on the current device; lets it have the shared memory it asks for.
+int32_t resident_blocks(const void* kernel, int threads, int shared, int& blocks);
+
 // Vectors a thread: the count that leaves the fewest threads without work; of equals the smallest, for more warps.
 inline int vectors_per_thread(int64_t k_pad) {
   const int64_t vectors = k_pad / kVector;
@@ -382,9 +450,15 @@ int32_t launch_quantize(const QuantizeParams& params, cudaStream_t stream) {
   const int slots = 32 * kVectors * kVector;
   const int warps = static_cast<int>((params.k_pad + slots - 1) / slots);
   const int rows = warps < kWarpsWanted ? kWarpsWanted / warps : 1;
+  const int threads = 32 * warps * rows;
+  const int shared = kVectorized ? threads * kVectors * kVector * static_cast<int>(sizeof(In)) : 0;
+  int resident = 0;  // blocks on the device at once
+  if (const int32_t status = resident_blocks(reinterpret_cast<const void*>(kernel), threads, shared, resident)) {
+    return status;
+  }
   const int64_t blocks = (params.args.m + rows - 1) / rows;
-  QVDIT_REQUIRE(blocks < INT32_MAX, "%lld rows, more than a grid takes", static_cast<long long>(params.args.m));
-  kernel<<<static_cast<unsigned>(blocks), dim3(32 * warps, rows), 0, stream>>>(params);
+  const auto grid = static_cast<unsigned>(blocks < resident ? blocks : resident);
+  kernel<<<grid, dim3(32 * warps, rows), shared, stream>>>(params);
   return launched("quantize_rows");
 }
 

@@ -10,8 +10,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-from qvdit.contract import QvditError
-
 
 def load(bundle: str | Path, threads: int | None = None, device: str = "cpu", dtype: Any = None) -> Any:
     """The quantized transformer of a bundle, checked against its manifest, to take the place of ``pipe.transformer``.
@@ -21,6 +19,8 @@ def load(bundle: str | Path, threads: int | None = None, device: str = "cpu", dt
     dtype: on a GPU, of all that is not quantized: ``bfloat16`` (the default), ``float16`` or ``float32``, as a name or
     as PyTorch's. threads: of ONNX Runtime; 0 or None lets it choose. QvditError says what is missing or does not fit.
     """
+    from qvdit.contract import QvditError
+
     path, device = Path(bundle), str(device)
     if re.fullmatch(r"cuda(:\d+)?", device):
         return _on_gpu(path, device, dtype, threads)
@@ -41,13 +41,14 @@ def _on_cpu(bundle: Path, threads: int | None) -> Any:
 
 
 def _on_gpu(bundle: Path, device: str, dtype: Any, threads: int | None) -> Any:
+    from qvdit.contract import QvditError
     from qvdit.contract.bundle import verify
 
     try:
         from qvdit.runtimes import torch_transformer
     except ImportError as error:
         raise QvditError(
-            f"no {error.name}", "PyTorch, diffusers and accelerate, for a GPU", f"pip install {error.name}"
+            f"a package that is missing ({error})", "PyTorch, diffusers and accelerate, for a GPU", "pip install qvdit"
         ) from None
     if threads:
         raise QvditError(f"{threads} threads on a GPU", "no threads: they are ONNX Runtime's", "leave them out")

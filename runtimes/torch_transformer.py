@@ -39,8 +39,9 @@ def check_device(name: str) -> torch.device:
     device, count = torch.device(name), torch.cuda.device_count()
     if (device.index or 0) >= count:
         raise QvditError(f"device {name!r}", f"one of the {count} here: cuda:0 … cuda:{count - 1}", "choose another")
+    kernels = cuda.library()
     with torch.cuda.device(device):
-        cuda.library().check_device()
+        kernels.check_device()
     return device
 
 

@@ -214,6 +214,29 @@ def test_it_compiles_whole(low_bit_layer):
     assert len(graphs) <= 2
 
 
+@pytest.mark.parametrize("rank_axis", [0, 1])
+def test_a_merged_layer_compiles_whole(rank_axis, low_bit_layer, monkeypatch):
+    """Its own part, that is: the operators are replaced by what gives shapes."""
+
+    def quantize_rows(x: torch.Tensor, *_: Any, alpha: torch.Tensor, **__: Any) -> tuple[torch.Tensor, ...]:
+        u = (x.reshape(-1, x.shape[-1]) @ alpha.T.to(x.dtype)).float()
+        return x, x, x, u if rank_axis else u.T.contiguous(), x
+
+    def low_bit_linear(x_q: torch.Tensor, *rest: torch.Tensor, segment: int) -> torch.Tensor:
+        assert segment == 128
+        u, n = rest[2], rest[4].shape[0]
+        return (u.T if rank_axis == 0 else u).sum(1, keepdim=True).expand(-1, n).to(x_q.dtype)
+
+    monkeypatch.setattr(torch.ops.qvdit, "quantize_rows", quantize_rows)
+    monkeypatch.setattr(torch.ops.qvdit, "low_bit_linear", low_bit_linear)
+    monkeypatch.setattr(torch_linear, "_rank_axis", lambda: rank_axis)
+    module = KernelLinear(*(low_bit_layer(128, 64, 4, ("gain",), 2, seed=seed) for seed in range(3)))
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=True)
+    for length in (8, 12):
+        x = activations(2, length, 64)
+        torch.testing.assert_close(compiled(x), module(x))
+
+
 # Several layers as one ------------------------------------------------------------------------------------------------
 
 
@@ -312,6 +335,5 @@ def test_layers_that_the_kernels_do_not_serve(low_bit_layer):
 def test_the_layout_of_u_is_the_operators(low_bit_layer: Any):
     torch_linear._rank_axis.cache_clear()
     x, alpha = torch.empty(5, 32, device="meta"), torch.empty(3, 32, device="meta")
-    shape = torch.ops.qvdit.quantize_rows(x, 8, True, alpha=alpha)[3].shape
-    assert shape[torch_linear._rank_axis()] == 3
-    assert shape[1 - torch_linear._rank_axis()] == 5
+    u = torch.ops.qvdit.quantize_rows(x, 8, True, alpha=alpha)[3]
+    assert u.shape[torch_linear._rank_axis()] == 3

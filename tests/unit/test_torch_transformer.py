@@ -163,6 +163,19 @@ def test_projections_of_one_input_are_merged(family: str, bundles: Any) -> None:
         assert hasattr(attention, "to_q") == name.endswith("to_kv")
 
 
+def test_image_keys_and_values_keep_an_attention_as_it_is(wide_models: Any) -> None:
+    """Diffusers has one flag for both, and those of images are not quantized."""
+    model = copy.deepcopy(wide_models["wan"])
+    model.blocks[1].attn2.add_k_proj = torch.nn.Linear(8, 128)
+    fusions = adapter_of(model).fusions(model)
+    assert [f"{f.attention}.{f.merged}" for f in fusions] == [
+        "blocks.0.attn1.to_qkv",
+        "blocks.0.attn2.to_kv",
+        "blocks.1.attn1.to_qkv",
+    ]
+    assert fusions[1].names() == ("blocks.0.attn2.to_k", "blocks.0.attn2.to_v")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("fuse", "rank"), [(False, 1), (True, 0)])
 def test_the_whole_model_compiles_without_a_break(

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import qvdit.runtimes
 from qvdit.contract import LowBitLayer, QvditError, checkpoint
-from qvdit.contract.bundle import KEPT_WEIGHTS, MANIFEST, read_manifest, verify
+from qvdit.contract.bundle import KEPT_WEIGHTS, MANIFEST, PARITY_INPUTS, PARITY_REFERENCE, read_manifest, verify
 from qvdit.contract.parity import relative_error
 from qvdit.method.lowbit import LowBitLinear
 from qvdit.method.reference import quantized_transformer
@@ -124,6 +124,16 @@ def test_it_computes_what_the_quantized_model_does(
         expected = quantized_transformer(wide_models[family], layers)(**wide_inputs[family]).sample
         found = model(**wide_inputs[family]).sample
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_jobs_bundle_is_enough(bundle: Path) -> None:
+    """Built from what a job leaves, it computes the reference that the job left beside it."""
+    model = with_eager_layers(build(bundle), checkpoint.load(bundle / "quantized").layers)
+    inputs = load_file(bundle / PARITY_INPUTS)
+    inputs = {name.removeprefix("model:"): v.float() for name, v in inputs.items() if name.startswith("model:")}
+    with torch.no_grad():
+        found = model(**inputs).sample
+    assert relative_error(found.numpy(), load_file(bundle / PARITY_REFERENCE)["model:quantized"].numpy()) < 5e-3
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -16,6 +16,7 @@ import torch
 
 from qvdit.contract import Bits, QvditError, checkpoint
 from qvdit.contract.bundle import (
+    KEPT_WEIGHTS,
     MANIFEST,
     ORT_MODEL,
     PARITY_INPUTS,
@@ -189,9 +190,10 @@ class Job:
         self.stages.run("trace", self.calibration_stages.result("calibrate"), lambda: written, work)
 
     def export(self, progress: Progress) -> None:
-        """Write the ONNX files and the manifest that makes the folder a bundle."""
+        """Write the ONNX files, what is not quantized, and the manifest that makes the folder a bundle."""
         from qvdit.export.bundle import export_onnx
         from qvdit.export.tensorrt import export_tensorrt
+        from qvdit.models import kept
 
         written: list[Path] = []
 
@@ -199,11 +201,14 @@ class Job:
             self._withdraw()
             full = self._full_weights() if self._kept_layers() else {}
             written.extend(export_onnx(self.work / "traced.onnx", self.layers, full, self.out, progress))
+            kept.save(self.pipeline.transformer, (layer.name for layer in self.layers), self.out / KEPT_WEIGHTS)
+            written.append(self.out / KEPT_WEIGHTS)
             if self.settings.target == "tensorrt":
                 example = {name: tensor.numpy() for name, tensor in self.example().items()}
                 written.extend(export_tensorrt(self.out / QDQ_MODEL, self.layers, example, self.out))
 
-        key = [self.stages.result("quantize"), self.stages.result("trace"), self.settings.target]
+        # A folder exported before its bundle held KEPT_WEIGHTS is exported again.
+        key = [self.stages.result("quantize"), self.stages.result("trace"), self.settings.target, KEPT_WEIGHTS]
         self.stages.run("export", key, lambda: written, work)
         self._keep_manifest()
 
@@ -320,7 +325,7 @@ class Job:
             with contextlib.suppress(QvditError):
                 there = read_manifest(self.out)
                 self.replaced = f"{there.recipe} {there.bits}"
-        stale = (MANIFEST, PARITY_INPUTS, PARITY_REFERENCE, "report.json", "report.html")
+        stale = (MANIFEST, KEPT_WEIGHTS, PARITY_INPUTS, PARITY_REFERENCE, "report.json", "report.html")
         models = (QDQ_MODEL, ORT_MODEL, TENSORRT_MODEL)
         for name in (*stale, *models, *(f"{model}.data" for model in models)):
             (self.out / name).unlink(missing_ok=True)
@@ -337,7 +342,8 @@ class Job:
         return weights
 
     def _model_files(self) -> list[str]:
-        names = [f"quantized/{checkpoint.CONFIG}", f"quantized/{checkpoint.WEIGHTS}", QDQ_MODEL, ORT_MODEL]
+        names = [f"quantized/{checkpoint.CONFIG}", f"quantized/{checkpoint.WEIGHTS}", KEPT_WEIGHTS]
+        names += [QDQ_MODEL, ORT_MODEL]
         names += [TENSORRT_MODEL] if self.settings.target == "tensorrt" else []
         names += [f"{name}.data" for name in (QDQ_MODEL, ORT_MODEL, TENSORRT_MODEL)]
         return [name for name in names if (self.out / name).is_file()]

@@ -248,3 +248,117 @@ def rtn_layers() -> Callable[..., tuple[Any, ...]]:
         return tuple(layers)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def low_bit_layer() -> Callable[..., Any]:
+    """``low_bit_layer(n, k, bits=…, parts=…, rank=…, seed=…, **fields)``: a random layer.
+
+    ``parts``: what it has of zero, bias, smooth and gain; a gain has 4 frames. Other fields as LowBitLayer has them.
+    """
+
+    def make(
+        n: int, k: int, bits: int = 4, parts: tuple[str, ...] = (), rank: int = 0, seed: int = 0, **fields: Any
+    ) -> Any:
+        import numpy as np
+
+        from qvdit.contract import FrameRows, LowBitLayer
+
+        rng = np.random.default_rng(seed)
+        half = 1 << (bits - 1)
+
+        def floats(*shape: int) -> Any:
+            return rng.standard_normal(shape).astype(np.float32)
+
+        drawn = {
+            "name": f"layer{seed}",
+            "weight_bits": bits,
+            "act_bits": 8,
+            "act_symmetric": True,
+            "rows": FrameRows.SEQUENCE if "gain" in parts else FrameRows.NONE,
+            "weight_q": rng.integers(-half, half, (n, k)).astype(np.int8),
+            "weight_scale": ((0.5 + rng.random(n)) / (half * k**0.5)).astype(np.float32),
+            "weight_zero": rng.integers(-half, half, n).astype(np.int8) if "zero" in parts else None,
+            "bias": floats(n) if "bias" in parts else None,
+            "inv_smooth": np.exp(np.random.default_rng(k).standard_normal(k)).astype(np.float32)
+            if "smooth" in parts
+            else None,
+            "alpha": (floats(k, rank) / k**0.5).astype(np.float16) if rank else None,
+            "beta": floats(rank, n).astype(np.float16) if rank else None,
+            "frame_gain": floats(4) if "gain" in parts else None,
+        }
+        return LowBitLayer(**{**drawn, **fields})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def drop_in_bundle() -> Callable[[Path, Any, tuple[Any, ...]], Path]:
+    """``drop_in_bundle(folder, transformer, layers)``: what of a bundle a GPU needs, without running a job."""
+
+    def make(folder: Path, transformer: Any, layers: tuple[Any, ...]) -> Path:
+        from qvdit.contract import checkpoint
+        from qvdit.contract.bundle import KEPT_WEIGHTS, Manifest, write_manifest
+        from qvdit.contract.files import sha256
+        from qvdit.models import ADAPTERS, kept
+
+        class_name = type(transformer).__name__
+        family = next(a.family for a in ADAPTERS if a.class_name == class_name)
+        config = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
+        held = checkpoint.QuantizedCheckpoint(layers, family, "", config, "test", "w4a8")
+        checkpoint.save(held, folder / "quantized")
+        kept.save(transformer, [layer.name for layer in layers], folder / KEPT_WEIGHTS)
+        names = ("quantized/config.json", "quantized/model.safetensors", KEPT_WEIGHTS)
+        manifest = Manifest(
+            model="tiny",
+            source="",
+            family=family,
+            class_name=class_name,
+            source_config=config,
+            recipe="test",
+            bits="w4a8",
+            target="onnxruntime",
+            inputs={},
+            frames=4,
+            versions={},
+            files={name: sha256(folder / name) for name in names},
+        )
+        write_manifest(folder, manifest)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def wide_models() -> dict[str, Any]:
+    """Random models by family whose attention has 128 features, so that projections of one input can be merged."""
+    from diffusers import LatteTransformer3DModel
+
+    torch.manual_seed(2)
+    latte = LatteTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=64,
+        in_channels=4,
+        out_channels=8,
+        num_layers=1,
+        cross_attention_dim=128,
+        attention_bias=True,
+        sample_size=8,
+        patch_size=2,
+        activation_fn="gelu-approximate",
+        num_embeds_ada_norm=1000,
+        norm_type="ada_norm_single",
+        norm_elementwise_affine=False,
+        norm_eps=1e-6,
+        caption_channels=24,
+        video_length=4,
+    )
+    models = {"wan": wan(attention_head_dim=64, ffn_dim=160), "latte": latte.eval().requires_grad_(False)}
+    assert all(model.dtype == torch.float32 for model in models.values())
+    return models
+
+
+@pytest.fixture(scope="session")
+def wide_inputs(example_inputs: Any) -> dict[str, dict[str, torch.Tensor]]:
+    """Inputs of ``wide_models`` by family; both have 4 frames of tokens."""
+    return {"wan": example_inputs((3, 4, 32, 32), 64), "latte": example_inputs((4, 4, 8, 8), 24)}

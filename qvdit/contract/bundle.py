@@ -13,6 +13,7 @@ from qvdit.contract.files import inside, read_json, sha256, write_json
 SCHEMA = 1
 MANIFEST = "manifest.json"
 QDQ_MODEL, ORT_MODEL = "onnx/model.onnx", "onnx/model.ort.onnx"
+KEPT_WEIGHTS = "quantized/kept.safetensors"  # of all that is not quantized
 TENSORRT_MODEL = "tensorrt/model.onnx"
 PARITY_INPUTS, PARITY_REFERENCE = "parity/inputs.safetensors", "parity/reference.safetensors"
 

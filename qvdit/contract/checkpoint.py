@@ -1,7 +1,7 @@
 """The quantized checkpoint: ``quantized/config.json`` and ``quantized/model.safetensors``.
 
 The safetensors file holds the quantized linears alone, weights in the canonical packing; embeddings, norms and whatever
-else stays in full precision is the source model's.
+else stays in full precision is the source model's, and in a bundle beside it (``qvdit.models.kept``).
 """
 
 from __future__ import annotations

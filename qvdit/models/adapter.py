@@ -25,6 +25,19 @@ class Site:
             raise ValueError(f"{self.name}: role {self.role!r} is not one of {', '.join(ROLES)}")
 
 
+@dataclass(frozen=True)
+class Fusion:
+    """Linears of one attention that read the same tensor and that diffusers can call as one."""
+
+    attention: str  # module path of the attention inside the transformer
+    merged: str  # the one linear's name in it, diffusers': to_qkv or to_kv
+    parts: tuple[str, ...]  # the linears' names in it, in the order of the merged one's outputs
+
+    def names(self) -> tuple[str, ...]:
+        """Module paths of the linears."""
+        return tuple(f"{self.attention}.{part}" for part in self.parts)
+
+
 ROLES = ("self_attention", "spatial_attention", "temporal_attention", "cross_attention", "text", "mlp")
 TEMPORAL_ROLES = ("self_attention", "temporal_attention")
 """Where tokens of different frames meet: full 3D attention counts as temporal."""
@@ -61,8 +74,39 @@ class ModelAdapter(ABC):
     def prepare_for_export(self, model: torch.nn.Module) -> None:  # noqa: B027  (most families need nothing)
         """Replace, in place, what computes the same but exports badly."""
 
+    def fusions(self, model: torch.nn.Module) -> list[Fusion]:
+        """What :meth:`fuse` can merge; nothing where diffusers has no such mechanism for the family."""
+        return []
+
+    def fuse(self, model: torch.nn.Module, fusion: Fusion, linear: torch.nn.Module) -> None:
+        """Let an attention call ``linear``, whose outputs are those of the parts side by side; the parts are removed.
+
+        Diffusers' ``fuse_projections`` does this with full-precision weights. Its ``unfuse_projections`` would need
+        the parts.
+        """
+        attention = model.get_submodule(fusion.attention)
+        attention.add_module(fusion.merged, linear)
+        for part in fusion.parts:
+            delattr(attention, part)
+        attention.fused_projections = True  # type: ignore[assignment]
+
 
 def frames_first(output: torch.Tensor, frames: int) -> torch.Tensor:
     """[B, C, F, H, W] → [B, T, D]: whole frames, every channel of them together (F a multiple of T)."""
     batch = output.shape[0]
     return output.permute(0, 2, 1, 3, 4).reshape(batch, frames, -1)
+
+
+def attention_fusions(sites: list[Site]) -> list[Fusion]:
+    """Queries, keys and values of one tensor as ``to_qkv``, keys and values as ``to_kv``: diffusers' own names."""
+    by_input: dict[str, list[str]] = {}
+    for site in sites:
+        by_input.setdefault(site.shared_input, []).append(site.name)
+    known = {("to_q", "to_k", "to_v"): "to_qkv", ("to_k", "to_v"): "to_kv"}
+    found = []
+    for names in by_input.values():
+        attention = names[0].rpartition(".")[0]
+        parts = tuple(name.rpartition(".")[2] for name in names)
+        if parts in known:
+            found.append(Fusion(attention, known[parts], parts))
+    return found

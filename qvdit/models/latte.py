@@ -8,7 +8,7 @@ import torch
 from torch.export import Dim
 
 from qvdit.contract import FrameRows
-from qvdit.models.adapter import ModelAdapter, Site, frames_first
+from qvdit.models.adapter import Fusion, ModelAdapter, Site, attention_fusions, frames_first
 
 
 class LatteAdapter(ModelAdapter):
@@ -40,6 +40,16 @@ class LatteAdapter(ModelAdapter):
 
     def output_frames(self, output: torch.Tensor, frames: int) -> torch.Tensor:
         return frames_first(output, frames)
+
+    def fusions(self, model: torch.nn.Module) -> list[Fusion]:
+        return attention_fusions(self.sites(model))
+
+    def fuse(self, model: torch.nn.Module, fusion: Fusion, linear: torch.nn.Module) -> None:
+        from diffusers.models.attention_processor import FusedAttnProcessor2_0
+
+        super().fuse(model, fusion, linear)
+        # This class of attention leaves it to the processor whether its projections are fused.
+        model.get_submodule(fusion.attention).set_processor(FusedAttnProcessor2_0())  # type: ignore[operator]
 
     def export_shapes(self, config: dict[str, Any]) -> dict[str, Any]:
         batch = Dim("batch", min=1, max=4096)

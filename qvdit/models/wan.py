@@ -8,7 +8,7 @@ import torch
 from torch.export import Dim
 
 from qvdit.contract import FrameRows
-from qvdit.models.adapter import ModelAdapter, Site, frames_first
+from qvdit.models.adapter import Fusion, ModelAdapter, Site, attention_fusions, frames_first
 
 
 class WanAdapter(ModelAdapter):
@@ -53,6 +53,11 @@ class WanAdapter(ModelAdapter):
             for attention in (block.attn1, block.attn2):
                 if attention.add_k_proj is None:
                     attention.set_processor(_ExportProcessor())
+
+    def fusions(self, model: torch.nn.Module) -> list[Fusion]:
+        # One flag of an attention stands for its image keys and values too, which are not quantized.
+        found = attention_fusions(self.sites(model))
+        return [f for f in found if getattr(model.get_submodule(f.attention), "add_k_proj", None) is None]
 
     def export_shapes(self, config: dict[str, Any]) -> dict[str, Any]:
         _, patch_height, patch_width = config.get("patch_size", (1, 2, 2))

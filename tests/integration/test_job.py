@@ -62,7 +62,7 @@ def read(path: Path) -> Any:
 def files_of(bundle: Path) -> dict[str, bytes]:
     """Every file that the manifest names, and the manifest."""
     names = ["manifest.json", *verify(bundle).files]
-    assert len(names) == 5
+    assert len(names) == 6
     return {name: (bundle / name).read_bytes() for name in names}
 
 
@@ -168,6 +168,7 @@ def test_manifest_describes_the_model(bundle: Path) -> None:
     assert set(manifest.files) == {
         "quantized/config.json",
         "quantized/model.safetensors",
+        "quantized/kept.safetensors",
         "onnx/model.onnx",
         "onnx/model.ort.onnx",
     }

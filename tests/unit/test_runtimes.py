@@ -325,6 +325,21 @@ except QvditError as error:
     assert done.stdout == "got no onnxruntime; expected the package onnxruntime; pip install onnxruntime\n"
 
 
+def test_a_gpu_without_torch_says_so(bundle: Path) -> None:
+    code = """
+from qvdit.contract import QvditError
+import qvdit.runtimes
+try:
+    qvdit.runtimes.load(sys.argv[1], device="cuda")
+except QvditError as error:
+    print(error)
+"""
+    done = without(("torch",), code, bundle)
+    assert (done.returncode, done.stderr) == (0, "")
+    expected = "expected PyTorch, diffusers and accelerate, for a GPU; pip install qvdit\n"
+    assert done.stdout == f"got a package that is missing (torch is not here); {expected}"
+
+
 @pytest.mark.parametrize(
     ("module", "light"),
     [
@@ -379,9 +394,15 @@ def test_contract_imports_little(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sources("runtimes"))
 def test_runtimes_import_neither_method_nor_exporter(path: Path) -> None:
-    assert reaches(path, "qvdit") == reaches(path, "qvdit.contract", "qvdit.runtimes")
-    engine = ("torch",) if path.name == "torch_ops.py" else ()  # the one whose engine is PyTorch
-    assert reaches(path, "torch", "diffusers", "transformers") == reaches(path, *engine)
+    # Those whose engine is PyTorch. The last one builds the source model's own class, from the toolchain's parts.
+    engines = {
+        "torch_ops.py": ("torch",),
+        "torch_linear.py": ("torch",),
+        "torch_transformer.py": ("torch", "diffusers", "qvdit.models", "qvdit.method.lowbit"),
+    }
+    guarded = ("qvdit", "torch", "diffusers", "transformers")
+    allowed = ("qvdit.contract", "qvdit.runtimes", *engines.get(path.name, ()))
+    assert reaches(path, *guarded) == reaches(path, *allowed)
 
 
 @pytest.mark.parametrize("path", sources("qvdit/method", "qvdit/models"))

@@ -315,7 +315,8 @@ def compare(
     qvdit compare --minutes 25 --out out/table
 
     Every cell is saved as it is done, and the same command goes on with those that are missing, the most telling first.
-    Cells are small files: copy OUT/cells of several machines into one folder, and
+    Started several times, on one GPU or with CUDA_VISIBLE_DEVICES on several, the processes share the work. Cells are
+    small files: copy OUT/cells of several machines into one folder, and
 
     qvdit compare --render --out out/table
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from qvdit.contract import QvditError
 
-ABI = 1  # QVDIT_ABI
+ABI = 2  # QVDIT_ABI
 MAX_FEATURES = 16384
 MAX_RANK = 32
 STORED_ZERO = 128  # asymmetric x_q and z_x are stored less this, to fit int8
@@ -85,6 +85,7 @@ class QuantizeArgs(ctypes.Structure):
         ("frames", _INT),
         ("frame_gain", _POINTER),
         ("tokens_per_frame", _SIZE),
+        ("ranks_per_gain", _SIZE),
         ("alpha", _POINTER),
         ("rank", _SIZE),
         ("x_q", _POINTER),
@@ -129,6 +130,7 @@ class GemmArgs(ctypes.Structure):
         ("u", _POINTER),
         ("beta", _POINTER),
         ("rank", _SIZE),
+        ("segment", _SIZE),
         ("bias", _POINTER),
         ("y", _POINTER),
         ("y_dtype", _INT),

@@ -50,10 +50,11 @@ def quantize_rows(
     """Steps 1 and 2 of LowBitLinear for x [..., K], float32, float16 or bfloat16.
 
     inv_smooth: float32 [K]. alpha: float32 [R, K], transposed. frame_gain: float32 [T], for row m that of frame
-    (m // tokens_per_frame) mod T. prologue: plain, gelu (tanh) or layernorm (without weights, then
-    · (1 + modulation_scale) + modulation_shift, float32 [B, K], B dividing M; their rows may be apart).
+    (m // tokens_per_frame) mod T; or [S, T], for S linears that read the same x, each with R / S of alpha's rows.
+    prologue: plain, gelu (tanh) or layernorm (without weights, then · (1 + modulation_scale) + modulation_shift,
+    float32 [B, K], B dividing M; their rows may be apart).
     Returns x_q int8 [M, K_pad], asymmetric ones less 128; scale float32 [M]; zero int32 [M], the zero point of what is
-    stored, [0] if symmetric; u float32 [M, R]; row_sum int32 [M], Σ (x_q - zero), [0] unless ``row_sums``.
+    stored, [0] if symmetric; u float32 [R, M]; row_sum int32 [M], Σ (x_q - zero), [0] unless ``row_sums``.
     """
     outputs = _quantized(x, symmetric, alpha, row_sums)
     _launch_quantize(
@@ -106,6 +107,7 @@ def low_bit_linear(
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
     tile: int = 0,
+    segment: int = 0,
 ) -> torch.Tensor:
     """Steps 3 and 4 of LowBitLinear: y [M, N] of ``out_dtype``.
 
@@ -113,6 +115,8 @@ def low_bit_linear(
     words: int32 or uint32 [N, b · K_pad / 32], packed as qvdit.contract.packing packs them. weight_scale: float32 [N];
     weight_zero: int8 [N]; beta: float32 [R, N]; bias: float32 [N]. out_dtype: float32, float16 or bfloat16; int32 gives
     the exact accumulators Σ (x_q - zero)(weight_q - weight_zero), for tests. tile: of qvdit.runtimes.cuda.Tile.
+    segment: columns of each of S linears that lie below each other in the weights, a multiple of 128, and whose u are
+    S · R rows; 0: there is one.
     """
     y = _new(x_q, (x_q.shape[0], words.shape[0]), out_dtype)
     weight, weight_sum = unpack_weight(words, weight_bits, in_features, weight_zero, zero.numel() > 0)
@@ -120,7 +124,7 @@ def low_bit_linear(
     if apart and row_sum.numel() == 0:
         raise QvditError("8-bit weights with zero points, without row_sum", "row_sum", "quantize with row_sums=True")
     rows = (x_q, scale, zero, u, row_sum)
-    gemm(rows, weight, weight_sum, weight_scale, weight_zero if apart else None, beta, bias, y, tile)
+    gemm(rows, weight, weight_sum, weight_scale, weight_zero if apart else None, beta, bias, y, tile, segment)
     return y
 
 
@@ -140,6 +144,7 @@ def _(
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
     tile: int = 0,
+    segment: int = 0,
 ) -> torch.Tensor:
     return _new(x_q, (x_q.shape[0], words.shape[0]), out_dtype)
 
@@ -177,14 +182,16 @@ def gemm(
     bias: torch.Tensor | None,
     y: torch.Tensor,
     tile: int = 0,
+    segment: int = 0,
 ) -> None:
     """Steps 3 and 4 of LowBitLinear into y [M, N]: on quantize_rows' results and int8 weights [N, K_pad].
 
     weight, weight_sum: as :func:`unpack_weight` gives them; weight_zero: where it is not subtracted from ``weight``.
+    segment: as for :func:`low_bit_linear`.
     """
     x_q, scale, zero, u, row_sum = rows
     m, n = y.shape
-    rank = 0 if beta is None else beta.shape[0]
+    rank, segment = 0 if beta is None else beta.shape[0], segment or n
     arguments = cuda.GemmArgs(
         x_q=_pointer(x_q, torch.int8, (m, weight.shape[1])),
         weight=_pointer(weight, torch.int8, (n, x_q.shape[1])),
@@ -197,9 +204,10 @@ def gemm(
         weight_sum=_pointer(weight_sum, torch.int32),
         weight_zero=_pointer(weight_zero, torch.int8, (n,)),
         row_sum=None if weight_zero is None else _pointer(row_sum, torch.int32),
-        u=_pointer(u, torch.float32, (m, rank)) if rank else None,
+        u=_pointer(u, torch.float32, (n // segment * rank, m)) if rank else None,
         beta=_pointer(beta, torch.float32, (rank, n)),
         rank=rank,
+        segment=segment,
         bias=_pointer(bias, torch.float32, (n,)),
         y=_pointer(y, y.dtype),
         y_dtype=_DTYPES[y.dtype],
@@ -218,7 +226,7 @@ def _quantized(
         _new(x, (m, padded(x.shape[-1])), torch.int8),
         _new(x, (m,), torch.float32),
         _new(x, (0 if symmetric else m,), torch.int32),
-        _new(x, (m, 0 if alpha is None else alpha.shape[0]), torch.float32),
+        _new(x, (0 if alpha is None else alpha.shape[0], m), torch.float32),
         _new(x, (m if row_sums else 0,), torch.int32),
     )
 
@@ -262,9 +270,10 @@ def _launch_quantize(
         modulation_stride=stride,
         rows_per_modulation=max(m // modulation_rows, 1),
         epsilon=epsilon,
-        frames=0 if frame_gain is None else frame_gain.numel(),
+        frames=0 if frame_gain is None else frame_gain.shape[-1],
         frame_gain=_pointer(frame_gain, torch.float32),
         tokens_per_frame=tokens_per_frame,
+        ranks_per_gain=rank // _rows(frame_gain),
         alpha=_pointer(alpha, torch.float32, (rank, k)),
         rank=rank,
         x_q=_pointer(x_q, torch.int8),
@@ -276,6 +285,11 @@ def _launch_quantize(
     )
     with torch.cuda.device(x.device):
         _library(x.device.index).quantize_rows(arguments, _stream(x))
+
+
+def _rows(frame_gain: torch.Tensor | None) -> int:
+    """How many linears have gains of their own."""
+    return 1 if frame_gain is None or frame_gain.dim() == 1 else frame_gain.shape[0]
 
 
 def _modulation(modulation: tuple[torch.Tensor | None, torch.Tensor | None], m: int, k: int) -> tuple[int, int]:

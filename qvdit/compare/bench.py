@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from qvdit.compare import sampling
 from qvdit.compare.plan import Terms
 from qvdit.contract import Bits, QvditError, checkpoint
-from qvdit.contract.files import write_atomic
+from qvdit.contract.files import held, write_atomic
 from qvdit.contract.layer import Layer
 from qvdit.method import calibration, quantization, statistics
 from qvdit.method.calibration import CalibrationData
@@ -70,7 +70,8 @@ class Bench:
         """The inputs recorded of all calibration prompts."""
         plan = replace(self.terms.calibration, source=self.model.sampling)
         folder = self.folder / "calibration"
-        return calibration.record(self.pipeline, self.model.adapter, plan, folder, self._progress("calibration"))
+        with held(folder):
+            return calibration.record(self.pipeline, self.model.adapter, plan, folder, self._progress("calibration"))
 
     @property
     def data(self) -> CalibrationData:
@@ -88,18 +89,21 @@ class Bench:
     def statistics(self) -> statistics.Statistics:
         """Statistics of every layer's input."""
         path = self.folder / "statistics.safetensors"
-        return statistics.collect(self.full, self.sites, self.data, path, self._progress("statistics"))
+        data = self.data
+        with held(path):
+            return statistics.collect(self.full, self.sites, data, path, self._progress("statistics"))
 
     @cached_property
     def reference(self) -> torch.Tensor:
         """Full precision's videos of the trial, float32 [B, 3, T, H, W] in -1 … 1."""
         path = self.folder / f"videos-{self.terms.digest()}.safetensors"
-        try:
-            return load_file(path)["videos"]
-        except (OSError, SafetensorError, KeyError):
-            videos = self._sample("sampling full precision").contiguous()
-            write_atomic(path, lambda temporary: save_file({"videos": videos}, temporary))
-            return videos
+        with held(path):
+            try:
+                return load_file(path)["videos"]
+            except (OSError, SafetensorError, KeyError):
+                videos = self._sample("sampling full precision").contiguous()
+                write_atomic(path, lambda temporary: save_file({"videos": videos}, temporary))
+                return videos
 
     def quantize(self, recipe: Recipe, bits: Bits, steps: int) -> Quantized:
         """Quantize the model, training it for ``steps`` steps."""

@@ -57,6 +57,8 @@ def say_left(console: Console, outcome: Outcome) -> None:
     """Say what could not be measured and what there was no time for."""
     for text in outcome.failed:
         console.print(f"failed: {text}", soft_wrap=True, highlight=False, markup=False, style="red")
+    if outcome.elsewhere:
+        console.print(f"{len(outcome.elsewhere)} were left to other processes: --render writes the table of all cells")
     if outcome.left:
         console.print(f"the time is up; {len(outcome.left)} left, run the same command again to go on:")
         for text in outcome.left:

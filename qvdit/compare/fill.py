@@ -57,6 +57,7 @@ class Outcome:
     left: tuple[str, ...]  # not started: the time was up
     failed: tuple[str, ...]  # with the reason
     measured: int  # cells that are there now, whenever they were measured
+    elsewhere: tuple[str, ...] = ()  # another process of the same comparison had them
 
 
 class Filling:
@@ -81,23 +82,26 @@ class Filling:
         missing = list(self._missing(tasks, known))
         computed: list[str] = []
         failed: list[str] = []
+        elsewhere: list[str] = []
         for index, item in enumerate(missing):
             self.watch.items(index, len(missing), known.total(missing[index:]))
             spent = self.clock() - started
             if minutes is not None and spent + (known.seconds(item) or 0.0) >= minutes * 60:
                 left = tuple(map(str, missing[index:]))
-                return Outcome(tuple(computed), left, tuple(failed), self._measured(tasks))
-            self.watch.say(str(item))
-            try:
-                record = self._measure(item)
-            except QvditError as error:  # this cell's alone: the others can still be measured
-                failed.append(f"{item}: {error}")
-                continue
-            self.store.write(item, self.terms, record)
-            known.add(record)
-            computed.append(str(item))
+                return Outcome(tuple(computed), left, tuple(failed), self._measured(tasks), tuple(elsewhere))
+            with self.store.claimed(item, self.terms) as mine:
+                if not mine:
+                    elsewhere.append(str(item))
+                    continue
+                self.watch.say(str(item))
+                try:
+                    known.add(self._measured_now(item))
+                except QvditError as error:  # this cell's alone: the others can still be measured
+                    failed.append(f"{item}: {error}")
+                    continue
+                computed.append(str(item))
         self.watch.items(len(missing), len(missing), 0.0)
-        return Outcome(tuple(computed), (), tuple(failed), self._measured(tasks))
+        return Outcome(tuple(computed), (), tuple(failed), self._measured(tasks), tuple(elsewhere))
 
     def _measured(self, tasks: Sequence[Task]) -> int:
         return sum(self.store.has(task, self.terms) for task in tasks)
@@ -127,6 +131,11 @@ class Filling:
             return []
         return [SweepRun(task.model, task.recipe, rate) for rate in self.terms.training.learning_rates]
 
+    def _measured_now(self, item: Item) -> Record:
+        record = self._measure(item)
+        self.store.write(item, self.terms, record)
+        return record
+
     def _measure(self, item: Item) -> Record:
         if isinstance(item, SweepRun):
             return {**self._try_rate(item), **self._stamp()}
@@ -149,9 +158,14 @@ class Filling:
         return {**record, "held_out_error": error, **_cost(quantized)}
 
     def _losses(self, task: Task) -> dict[float, Record]:
-        """The records of the learning rates tried."""
-        records = ((run.rate, self.store.read(run, self.terms)) for run in self._sweep(task))
-        return {rate: record for rate, record in records if record is not None}
+        """The records of the learning rates tried, all of them: what another process is trying is waited for."""
+        records = {}
+        for run in self._sweep(task):
+            with self.store.claimed(run, self.terms, wait=True) as mine:
+                record = self._measured_now(run) if mine else self.store.read(run, self.terms)
+            if record is not None:
+                records[run.rate] = record
+        return records
 
     def _best_rate(self, task: Task, tried: dict[float, Record]) -> float | None:
         """The learning rate to use; None for a cell that is not trained."""

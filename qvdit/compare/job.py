@@ -16,6 +16,7 @@ from qvdit.compare.fill import Filling, Outcome, Watch
 from qvdit.compare.settings import CompareSettings, recipes_with_layer_bits
 from qvdit.compare.store import Store
 from qvdit.compare.table import Cell
+from qvdit.contract.files import held
 from qvdit.models.loading import SourceModel
 from qvdit.system import cpu_name, tool_versions
 
@@ -58,7 +59,8 @@ def run(
     store = Store(places.store, watch.say)
     origin = {"device": _device_name(device), "command": command, "versions": tool_versions()}
     outcome = Filling(terms, store, bench, watch, origin).run(tasks, minutes)
-    cells = results.write(store, places.out, terms, tasks) if outcome.measured else []
+    with held(places.out / "table.md"):
+        cells = results.write(store, places.out, terms, tasks) if outcome.measured else []
     return outcome, cells
 
 

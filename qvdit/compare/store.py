@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from qvdit.compare.plan import SweepRun, Task, Terms
 from qvdit.contract import QvditError
-from qvdit.contract.files import read_json, write_json
+from qvdit.contract.files import held, read_json, write_json
 
 Record = dict[str, Any]
 Say = Callable[[str], None]
@@ -34,6 +35,16 @@ class Store:
         """Whether there is a file, whole or not."""
         return self._path(item, terms).is_file()
 
+    @contextmanager
+    def claimed(self, item: Task | SweepRun, terms: Terms, wait: bool = False) -> Iterator[bool]:
+        """Keep a cell or a sweep's run from other processes; whether it is this one's to measure.
+
+        It is not where another process has it and there is no ``wait``, nor where it has been measured by now.
+        """
+        path = self._path(item, terms)
+        with held(path, wait) as free:
+            yield free and not _is_whole(path, _kind(item))
+
     def write(self, item: Task | SweepRun, terms: Terms, record: Record) -> None:
         """Save a result, whole or not at all."""
         write_json(self._path(item, terms), record)
@@ -49,14 +60,24 @@ class Store:
 
     def _read(self, path: Path, kind: str, consequence: str) -> Record | None:
         try:
-            record = read_json(path, f"a finished {kind}")
+            return _whole(path, kind)
         except QvditError as error:
             self.say(f"{error.got}: {consequence}")
             return None
-        if not isinstance(record, dict) or any(name not in record for name in _NEEDED[kind]):
-            self.say(f"{path}, which is no {kind} of a comparison: {consequence}")
-            return None
-        return record
+
+
+def _is_whole(path: Path, kind: str) -> bool:
+    try:
+        return bool(_whole(path, kind))
+    except QvditError:
+        return False
+
+
+def _whole(path: Path, kind: str) -> Record:
+    record = read_json(path, f"a finished {kind}")
+    if not isinstance(record, dict) or any(name not in record for name in _NEEDED[kind]):
+        raise QvditError(f"{path}, which is no {kind} of a comparison", f"a finished {kind}", "measure it again")
+    return record
 
 
 def _kind(item: Task | SweepRun) -> str:

@@ -173,7 +173,7 @@ def _start(
         bias,
         rounded.grid,
         job.bits.act,
-        recipe.activations.symmetric,
+        job.bits.act >= recipe.activations.symmetric_from,
         site.rows,
         None if smooth is None else 1 / smooth,
         rounded.alpha,

@@ -48,7 +48,7 @@ class WeightsBlock:
 class ActivationsBlock:
     """How activations are quantized, per token at run time."""
 
-    symmetric: bool = True
+    symmetric_from: int = 2  # bits from which they are symmetric; 9: never, 2: always
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,7 @@ def _check_ranges(recipe: Recipe, where: str) -> None:
     numbers |= {"distillation.batch": (distillation.batch, 1, 1 << 20)}
     numbers |= {f"distillation.steps.{name}": (steps, 0, 1 << 30) for name, steps in distillation.steps.items()}
     numbers |= {"weights.symmetric_from": (recipe.weights.symmetric_from, 2, 9)}
+    numbers |= {"activations.symmetric_from": (recipe.activations.symmetric_from, 2, 9)}
     numbers |= {"weights.group": (recipe.weights.group, 0, 1 << 20)}
     strengths = {"smoothing.strength": recipe.smoothing.strength, **recipe.smoothing.by_bits}
     numbers |= {name: (value, 0, 1) for name, value in strengths.items()}

@@ -4,6 +4,7 @@
 namespace {
 
 constexpr int kMaxRank = 32;
+constexpr int kSegmentStep = 128;  // a tile must lie in one segment
 
 bool on_multiple(const void* pointer, int bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
@@ -18,6 +19,9 @@ int32_t check(const qvdit_gemm_args& args) {
   QVDIT_REQUIRE(!args.weight_zero || args.row_sum, "weight_zero needs row_sum");
   QVDIT_REQUIRE(rank >= 0 && rank <= kMaxRank, "rank %lld; at most %d", rank, kMaxRank);
   QVDIT_REQUIRE(rank == 0 || (args.u && args.beta), "rank %lld needs u and beta", rank);
+  const long long segment = args.segment;
+  QVDIT_REQUIRE(segment == n || (segment >= kSegmentStep && segment % kSegmentStep == 0 && n % segment == 0),
+                "segments of %lld columns, of %lld; multiples of %d that divide them", segment, n, kSegmentStep);
   QVDIT_REQUIRE(args.tile >= QVDIT_TILE_AUTO && args.tile <= QVDIT_TILE_WGMMA_128X256, "tile %d", args.tile);
   QVDIT_REQUIRE(on_multiple(args.x_q, 16) && on_multiple(args.weight, 16),
                 "x_q or weight not on a multiple of 16 bytes");
@@ -41,19 +45,21 @@ bool suits_wgmma(const qvdit_gemm_args& args) {
 }
 #endif
 
+// Whether a tile of 256 columns lies in one segment.
+bool wide_fits(const qvdit_gemm_args& args) { return args.segment == args.n || args.segment % 256 == 0; }
+
 // The tile for these sizes. Hopper, of what was measured on an H200 (TOP/s at 32768 rows, rank 1, 128x128 ping-pong
-// against 128x256 cooperative): K 1152, N 3456: 1177 / 1013; K 4608, N 1152: 1400 / 1271; K 5120, N 5120: 1382 / 1401;
-// K 8960, N 1536: 1378 / 1455. mma.sync: a wide tile reads a quarter less from shared memory, but needs tiles enough.
+// against 128x256 cooperative): K 1152, N 3456: 819 / 781; K 4608, N 1152: 1429 / 1191; K 5120, N 5120: 1566 / 1158;
+// K 8960, N 1536: 1497 / 1565. mma.sync: 128x128 was faster at every one of these, and its tiles are more.
 int choose_tile(const qvdit_gemm_args& args) {
-  constexpr int64_t kWideFromTiles = 512;
 #if defined(QVDIT_WITH_WGMMA)
-  constexpr int64_t kWideFromK = 5120;
+  constexpr int64_t kWideFromK = 8192;
   if (is_hopper() && suits_wgmma(args)) {
-    return args.k_pad >= kWideFromK && args.n >= 256 ? QVDIT_TILE_WGMMA_128X256 : QVDIT_TILE_WGMMA_128X128;
+    const bool wide = args.k_pad >= kWideFromK && args.n >= 256 && wide_fits(args);
+    return wide ? QVDIT_TILE_WGMMA_128X256 : QVDIT_TILE_WGMMA_128X128;
   }
 #endif
-  const int64_t wide_tiles = (args.m + 127) / 128 * ((args.n + 255) / 256);
-  return wide_tiles >= kWideFromTiles ? QVDIT_TILE_MMA_128X256 : QVDIT_TILE_MMA_128X128;
+  return QVDIT_TILE_MMA_128X128;
 }
 
 int32_t run_mma(const qvdit_gemm_args& args, bool wide, cudaStream_t stream) {
@@ -95,7 +101,10 @@ extern "C" int32_t qvdit_low_bit_gemm(const qvdit_gemm_args* args, void* stream)
   if (args->m == 0) return QVDIT_OK;  // whose pointers are null
   if (const int32_t status = check(*args)) return status;
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
-  switch (args->tile == QVDIT_TILE_AUTO ? choose_tile(*args) : args->tile) {
+  const int tile = args->tile == QVDIT_TILE_AUTO ? choose_tile(*args) : args->tile;
+  QVDIT_REQUIRE(tile == QVDIT_TILE_MMA_128X128 || tile == QVDIT_TILE_WGMMA_128X128 || wide_fits(*args),
+                "segments of %lld columns with tiles of 256", static_cast<long long>(args->segment));
+  switch (tile) {
     case QVDIT_TILE_MMA_128X128:
       return run_mma(*args, false, on);
     case QVDIT_TILE_MMA_128X256:

@@ -2,7 +2,7 @@
 // business.
 //
 //   acc = Σ_k x_q weight - zero weight_sum - weight_zero row_sum        int32; wraps only where the true sum would
-//   y   = scale · (acc · weight_scale) + Σ_r u beta + bias              float32, in this order
+//   y   = scale · (acc · weight_scale) + Σ_r u beta + bias              float32, in this order; u of the column's segment
 #pragma once
 
 #include <cuda_bf16.h>
@@ -14,7 +14,13 @@
 
 namespace qvdit {
 
-// A fragment of kRows x 2 kPairs accumulators. Its columns come in pairs beside each other, the first of a pair even.
+// Where the u of a column's segment begin.
+__device__ __forceinline__ int64_t first_u(const qvdit_gemm_args& args, int64_t column) {
+  if (args.segment >= args.n || column >= args.n) return 0;
+  return static_cast<uint32_t>(column) / static_cast<uint32_t>(args.segment) * args.rank * args.m;
+}
+
+// A fragment of kRows x 2 kPairs accumulators, all in one segment. Its columns come in pairs beside each other, the first of a pair even.
 // Rows and columns past the ends are given too; they read the last ones and their results are thrown away.
 template <int kRows, int kPairs>
 struct EpilogueFragment {
@@ -79,11 +85,12 @@ struct EpilogueFragment {
       }
     }
     const int rank = static_cast<int>(args.rank);
+    const float* segment_u = args.u + first_u(args, column[0]);
 #pragma unroll 1
     for (int r = 0; r < rank; ++r) {
       float u[kRows];
 #pragma unroll
-      for (int m = 0; m < kRows; ++m) u[m] = __ldg(args.u + row[m] * rank + r);
+      for (int m = 0; m < kRows; ++m) u[m] = __ldg(segment_u + r * args.m + row[m]);
 #pragma unroll
       for (int p = 0; p < kPairs; ++p) {
         float a, b;

@@ -3,8 +3,9 @@
 //   device memory: sizeof(x) + 1 bytes an element (3 for fp16), plus 4 + 4 R bytes a row; alpha, inv_smooth and the
 //   modulation come from L1/L2, 4 bytes an element and rank. At 80 % of an H200's copy bandwidth (4.1 TB/s) a
 //   32768 x 5120 fp16 input takes 152 µs, 32768 x 1152 takes 34 µs.
-//   instructions: about 3 (load, convert, range) + 4 (quotient) + 1 (pack) an element, + 2 with alpha and rank 1; the
-//   bandwidth above leaves 21 a lane on an H200.
+//   instructions, what it is bound by: symmetric, about 2 (load, convert, range) + 4 (quotient) + 1 (pack) an element and
+//   150 a row, + 1 with a low-rank term and 1.3 for each of its ranks; asymmetric 4 more an element. The bandwidth above
+//   leaves 21 an element on an H200.
 //   grid: ceil(M / rows a block); a block is 32 W threads x rows, W warps a row of V vectors of 8 elements a thread.
 #pragma once
 
@@ -59,37 +60,28 @@ struct RowThreads {
   int warps;  // W
   int warp;   // of the row, 0 … W - 1
   int lane;
-  int first;                       // the row's first warp within the block
-  float (*partial)[2][kMaxWarps];  // [reductions so far][values][warp]: a place is written once, so one barrier each
+  int first;                    // the row's first warp within the block
+  float (*partial)[kMaxWarps];  // [reductions so far][warp]: a place is written once, so one barrier each
 
-  // Sums if kSum; else the minimum of a and the maximum of b, NaN where any is NaN.
+  // The sum, if kSum, else the maximum, NaN where any value is NaN.
   template <bool kSum>
-  __device__ __forceinline__ void reduce(float& a, float& b) {
+  __device__ __forceinline__ float reduce(float value) {
 #pragma unroll
     for (int step = 16; step > 0; step /= 2) {
-      combine<kSum>(a, b, __shfl_xor_sync(0xffffffffu, a, step), __shfl_xor_sync(0xffffffffu, b, step));
+      value = combine<kSum>(value, __shfl_xor_sync(0xffffffffu, value, step));
     }
-    if (warps == 1) return;
-    if (lane == 0) (*partial)[0][first + warp] = a, (*partial)[1][first + warp] = b;
+    if (warps == 1) return value;
+    if (lane == 0) (*partial)[first + warp] = value;
     __syncthreads();
-    a = (*partial)[0][first], b = (*partial)[1][first];
-    for (int w = 1; w < warps; ++w) combine<kSum>(a, b, (*partial)[0][first + w], (*partial)[1][first + w]);
+    value = (*partial)[first];
+    for (int w = 1; w < warps; ++w) value = combine<kSum>(value, (*partial)[first + w]);
     ++partial;
+    return value;
   }
 
   template <bool kSum>
-  static __device__ __forceinline__ void combine(float& a, float& b, float other_a, float other_b) {
-    if constexpr (kSum) {
-      a += other_a, b += other_b;
-    } else {
-      a = min_nan(a, other_a), b = max_nan(b, other_b);
-    }
-  }
-
-  static __device__ __forceinline__ float min_nan(float a, float b) {
-    float c;
-    asm("min.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
-    return c;
+  static __device__ __forceinline__ float combine(float a, float b) {
+    return kSum ? a + b : max_nan(a, b);
   }
 
   static __device__ __forceinline__ float max_nan(float a, float b) {
@@ -106,7 +98,7 @@ struct RowValues {
   static constexpr bool kVectorized = kVectorized_;
 
   float x[kVectors][kVector];
-  int64_t row;
+  uint32_t row;
   int thread, threads;  // of the row
 
   __device__ __forceinline__ int k(int v) const { return (v * threads + thread) * kVector; }
@@ -141,14 +133,13 @@ struct LayerNormModulate {
     const qvdit_quantize_args& args = params.args;
     const int features = static_cast<int>(args.k);
     const float per_feature = 1.f / static_cast<float>(args.k);
-    float sum = 0.f, unused = 0.f;
+    float sum = 0.f;
 #pragma unroll
     for (int v = 0; v < Values::kVectors; ++v) {
 #pragma unroll
       for (int i = 0; i < kVector; ++i) sum += values.x[v][i];
     }
-    threads.reduce<true>(sum, unused);
-    const float mean = sum * per_feature;
+    const float mean = threads.reduce<true>(sum) * per_feature;
     float squares = 0.f;
 #pragma unroll
     for (int v = 0; v < Values::kVectors; ++v) {
@@ -159,8 +150,7 @@ struct LayerNormModulate {
         values.x[v][i] = centred;
       }
     }
-    threads.reduce<true>(squares, unused);
-    const float deviation = rsqrtf(squares * per_feature + args.epsilon);
+    const float deviation = rsqrtf(threads.reduce<true>(squares) * per_feature + args.epsilon);
     const int64_t modulation = values.row / args.rows_per_modulation * args.modulation_stride;
 #pragma unroll
     for (int v = 0; v < Values::kVectors; ++v) {
@@ -187,17 +177,18 @@ struct RowGrid {
   float zero;        // of x_q, before 128 is taken away
   float highest;     // x_q - zero is at most this
 
-  // low: min(min x̃, 0), high: max(max x̃, 0), NaN if any x̃ is.
-  static __device__ __forceinline__ RowGrid of(float low, float high, bool symmetric, float levels) {
-    const bool bad = !(isfinite(low) && isfinite(high));
-    const float range = symmetric ? fmaxf(-low, high) : __fsub_rn(high, low);
+  // lowest: max(max -x̃, 0), highest: max(max x̃, 0), or both max |x̃| if symmetric; NaN if any x̃ is.
+  template <bool kSymmetric>
+  static __device__ __forceinline__ RowGrid of(float lowest, float highest, float levels) {
+    const bool bad = !(isfinite(lowest) && isfinite(highest));
+    const float range = kSymmetric ? highest : __fadd_rn(highest, lowest);
     RowGrid grid;
     grid.scale = fmaxf(__fdiv_rn(range, levels), kSmallestScale);
-    // high - low may overflow although both are finite; x̃ / Inf is then 0.
+    // The sum may overflow although both are finite; x̃ / Inf is then 0.
     const bool nothing = bad || isinf(grid.scale);
     grid.divisor = nothing ? 0.f : grid.scale;
     grid.reciprocal = nothing ? 0.f : __frcp_rn(grid.scale);
-    grid.zero = symmetric || nothing ? 0.f : rintf(__fdiv_rn(-low, grid.scale));
+    grid.zero = kSymmetric || nothing ? 0.f : rintf(__fdiv_rn(lowest, grid.scale));
     // Symmetric: |x̃ / scale| <= 127 (1 + 2^-23) rounds to 127 at most. Asymmetric: both roundings may go up, to 256; at
     // the low end round(x̃ / scale) >= -zero, as rounding is monotone.
     grid.highest = levels - grid.zero;
@@ -233,15 +224,18 @@ __device__ void store_transformed(const Values& values, const qvdit_quantize_arg
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       const int k = values.k(v) + i;
-      if (k < args.k) args.transformed[values.row * args.k + k] = values.x[v][i];
+      if (k < args.k) args.transformed[static_cast<int64_t>(values.row) * args.k + k] = values.x[v][i];
     }
   }
 }
 
-template <typename In, typename Prologue, int kVectors, bool kVectorized>
-__global__ void __launch_bounds__(32 * kMaxWarps, 1)
+template <typename In, typename Prologue, int kVectors, bool kVectorized, bool kSymmetric>
+#ifndef QREGS
+#define QREGS __launch_bounds__(32 * kMaxWarps, 1)
+#endif
+__global__ void QREGS
     quantize_rows_kernel(const __grid_constant__ QuantizeParams params) {
-  __shared__ float partial[3][2][kMaxWarps];
+  __shared__ float partial[4][kMaxWarps];
   __shared__ float partial_u[kMaxWarps][kMaxRank];
   __shared__ int partial_sum[kMaxWarps];
   const qvdit_quantize_args& args = params.args;
@@ -251,12 +245,12 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
   RowThreads threads{warps, warp, lane, static_cast<int>(threadIdx.y) * warps, partial};
   RowValues<kVectors, kVectorized> values;
   // Rows past the last are computed as the last and not stored: everybody meets at the barriers.
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  const bool stores = row < args.m;
-  values.row = stores ? row : args.m - 1;
+  const uint32_t rows = static_cast<uint32_t>(args.m), row = blockIdx.x * blockDim.y + threadIdx.y;
+  const bool stores = row < rows;
+  values.row = stores ? row : rows - 1;
   values.thread = threadIdx.x, values.threads = blockDim.x;
 
-  const In* x = static_cast<const In*>(args.x) + values.row * args.k;
+  const In* x = static_cast<const In*>(args.x) + static_cast<int64_t>(values.row) * args.k;
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) load_vector<kVectorized>(x, values.k(v), features, values.x[v]);
   Prologue::apply(values, threads, params);
@@ -271,17 +265,18 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
   }
   if (args.transformed && stores) store_transformed(values, args);
 
-  float low = 0.f, high = 0.f;
+  float lowest = 0.f, highest = 0.f;
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      low = RowThreads::min_nan(low, values.x[v][i]);
-      high = RowThreads::max_nan(high, values.x[v][i]);
+      highest = RowThreads::max_nan(highest, kSymmetric ? fabsf(values.x[v][i]) : values.x[v][i]);
+      if constexpr (!kSymmetric) lowest = RowThreads::max_nan(lowest, -values.x[v][i]);
     }
   }
-  threads.reduce<false>(low, high);
-  const RowGrid grid = RowGrid::of(low, high, args.symmetric, params.levels);
+  highest = threads.template reduce<false>(highest);
+  if constexpr (!kSymmetric) lowest = threads.template reduce<false>(lowest);
+  const RowGrid grid = RowGrid::of<kSymmetric>(lowest, highest, params.levels);
   if (grid.divisor == 0.f) {  // no integers: neither from NaN nor from Inf
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
@@ -290,27 +285,37 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
     }
   }
 
-  int8_t* x_q = args.x_q + row * params.k_pad;
-  const float stored_zero = args.symmetric ? 0.f : grid.zero - 128.f;
+  int8_t* x_q = args.x_q + static_cast<int64_t>(row) * params.k_pad;
+  const float stored_zero = kSymmetric ? 0.f : grid.zero - 128.f;
   int sum = 0;  // of what is stored
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
     float stored[kVector];  // kRounder + the integer
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      const float rounded = rounder_plus_quotient(values.x[v][i], grid.divisor, grid.reciprocal);
-      const float centred = fminf(rounded, kRounder + grid.highest);
-      values.x[v][i] = centred - kRounder;  // x_q - zero
-      stored[i] = centred + stored_zero;
+      stored[i] = rounder_plus_quotient(values.x[v][i], grid.divisor, grid.reciprocal);
+      if constexpr (!kSymmetric) stored[i] = fminf(stored[i], kRounder + grid.highest);
+      values.x[v][i] = stored[i];  // kRounder + x_q - zero
+      if constexpr (!kSymmetric) stored[i] += stored_zero;
     }
-    const int inside = features - values.k(v);  // how many of these are features
-    const uint2 bytes = {pack_bytes(stored[0], stored[1], stored[2], stored[3]) & first_bytes(inside),
-                         pack_bytes(stored[4], stored[5], stored[6], stored[7]) & first_bytes(inside - 4)};
+    uint2 bytes = {pack_bytes(stored[0], stored[1], stored[2], stored[3]),
+                   pack_bytes(stored[4], stored[5], stored[6], stored[7])};
+    if constexpr (!kSymmetric) {  // where symmetric, what lies past the features is 0 already
+      const int inside = features - values.k(v);
+      bytes.x &= first_bytes(inside), bytes.y &= first_bytes(inside - 4);
+    }
     sum = __dp4a(static_cast<int>(bytes.x), 0x01010101, __dp4a(static_cast<int>(bytes.y), 0x01010101, sum));
     if (stores && values.k(v) < params.k_pad) *reinterpret_cast<uint2*>(x_q + values.k(v)) = bytes;
   }
 
   const int rank = static_cast<int>(args.rank);
+  if (rank > 0) {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) values.x[v][i] -= kRounder;
+    }
+  }
 #pragma unroll 1
   for (int r = 0; r < rank; ++r) {
     float dot = 0.f;
@@ -328,15 +333,22 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
     sum = warp_sum(sum);
     if (lane == 0) partial_sum[threads.first + warp] = sum;
   }
-  __syncthreads();
+  if (warps > 1) {
+    __syncthreads();
+  } else {
+    __syncwarp();
+  }
   if (!stores || warp != 0) return;
 
   if (lane < rank) {
     float dot = 0.f;
     for (int w = 0; w < warps; ++w) dot += partial_u[threads.first + w][lane];
     float u = grid.scale * dot;
-    if (args.frame_gain) u *= __ldg(args.frame_gain + row / args.tokens_per_frame % args.frames);
-    args.u[row * rank + lane] = u;
+    if (args.frame_gain) {
+      const uint32_t frames = args.frames, frame = row / static_cast<uint32_t>(args.tokens_per_frame) % frames;
+      u *= __ldg(args.frame_gain + lane / static_cast<uint32_t>(args.ranks_per_gain) * frames + frame);
+    }
+    args.u[static_cast<int64_t>(lane) * args.m + row] = u;
   }
   if (lane == 0) {
     args.scale[row] = grid.scale;
@@ -364,14 +376,15 @@ inline int vectors_per_thread(int64_t k_pad) {
 
 template <typename In, typename Prologue, int kVectors, bool kVectorized>
 int32_t launch_quantize(const QuantizeParams& params, cudaStream_t stream) {
+  const auto kernel = params.args.symmetric ? quantize_rows_kernel<In, Prologue, kVectors, kVectorized, true>
+                                            : quantize_rows_kernel<In, Prologue, kVectors, kVectorized, false>;
   constexpr int kWarpsWanted = 4;  // a block: enough blocks fit a multiprocessor at any number of rows
   const int slots = 32 * kVectors * kVector;
   const int warps = static_cast<int>((params.k_pad + slots - 1) / slots);
   const int rows = warps < kWarpsWanted ? kWarpsWanted / warps : 1;
   const int64_t blocks = (params.args.m + rows - 1) / rows;
   QVDIT_REQUIRE(blocks < INT32_MAX, "%lld rows, more than a grid takes", static_cast<long long>(params.args.m));
-  quantize_rows_kernel<In, Prologue, kVectors, kVectorized>
-      <<<static_cast<unsigned>(blocks), dim3(32 * warps, rows), 0, stream>>>(params);
+  kernel<<<static_cast<unsigned>(blocks), dim3(32 * warps, rows), 0, stream>>>(params);
   return launched("quantize_rows");
 }
 

@@ -20,7 +20,7 @@ extern "C" {
 #endif
 
 // Changes whenever a struct or the meaning of a field does.
-#define QVDIT_ABI 1
+#define QVDIT_ABI 2
 
 enum qvdit_status {
   QVDIT_OK = 0,
@@ -51,6 +51,8 @@ enum qvdit_tile {
 //   x_q, scale, zero as qvdit/method/operator.py defines them, to the bit
 //   u   = gain[frame] · scale · Σ_k (x_q - zero) alpha[r, k],  frame = (m / P) mod T
 //
+// Several linears that read the same x share one call: their alphas lie below each other, and each has its own gains.
+//
 // A row with a NaN or Inf in x̃ gets scale and u NaN, and integers that mean zero.
 struct qvdit_quantize_args {
   const void* x;      // [M, K] of x_dtype
@@ -70,15 +72,16 @@ struct qvdit_quantize_args {
   float epsilon;                  // of the LayerNorm
 
   int32_t frames;            // T
-  const float* frame_gain;   // [T] or null
+  const float* frame_gain;   // [R / ranks_per_gain, T] or null
   int64_t tokens_per_frame;  // P
+  int64_t ranks_per_gain;    // rows of alpha that share a row of frame_gain
   const float* alpha;        // [R, K]: transposed, for 16-byte loads along K. Or null
   int64_t rank;              // R, at most 32
 
   int8_t* x_q;         // [M, K_pad]. Symmetric: x_q; asymmetric: x_q - 128. Columns K … K_pad are 0
   float* scale;        // [M]
   int32_t* zero;       // [M]: the zero point of what is stored, z_x - 128. Null if symmetric
-  float* u;            // [M, R], or null where rank is 0
+  float* u;            // [R, M], or null where rank is 0
   int32_t* row_sum;    // [M]: Σ_k (x_q - zero), exact; or null
   float* transformed;  // [M, K]: x̃, for tests; or null
 };
@@ -96,8 +99,12 @@ struct qvdit_unpack_args {
 
 // Steps 3 and 4 on what the two functions above made.
 //
-//   acc = Σ_k (x_q - zero)(weight - weight_zero) = Σ_k x_q weight - zero weight_sum - weight_zero row_sum    int32,
-//   exact y   = scale · (acc · weight_scale) + Σ_r u[m, r] beta[r, n] + bias float32, cast
+//   acc = Σ_k (x_q - zero)(weight - weight_zero)
+//       = Σ_k x_q weight - zero weight_sum - weight_zero row_sum                          int32, exact
+//   y   = scale · (acc · weight_scale) + Σ_r u[n / segment · R + r, m] beta[r, n] + bias   float32, cast
+//
+// Several linears that read the same x are one GEMM: their weights lie below each other, and each has ``segment`` of the
+// columns and its own R rows of u.
 struct qvdit_gemm_args {
   const int8_t* x_q;     // [M, K_pad]
   const int8_t* weight;  // [N, K_pad]
@@ -111,9 +118,10 @@ struct qvdit_gemm_args {
   const int8_t* weight_zero;  // [N] or null; needs row_sum
   const int32_t* row_sum;     // [M] or null
 
-  const float* u;     // [M, R] or null
+  const float* u;     // [N / segment · R, M] or null
   const float* beta;  // [R, N] or null
   int64_t rank;       // R, at most 32
+  int64_t segment;    // columns of a linear, a multiple of 128 that divides N; or N itself
   const float* bias;  // [N] or null
 
   void* y;          // [M, N] of y_dtype

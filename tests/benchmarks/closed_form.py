@@ -46,7 +46,7 @@ def variants() -> dict[str, Recipe]:
         "rank 4": recipes.override(ours, tqe={"rank": 4}),
         "no frame gain": recipes.override(ours, tqe={"frame_gain": "none"}),
         "smoothing 0.25": recipes.override(ours, smoothing={"strength": 0.25}),
-        "asymmetric activations": recipes.override(ours, activations={"symmetric": False}),
+        "asymmetric activations": recipes.override(ours, activations={"symmetric_from": 9}),
         "rotation": rotated,
         "rotation, no run-time term": recipes.override(rotated, tqe={"rank": 0}),
     }

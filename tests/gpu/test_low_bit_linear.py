@@ -284,3 +284,50 @@ def test_refusals():
         linear(packed(layer), 8, 64, scale, None, tile=9)
     with pytest.raises(QvditError, match=r"rows of a multiple of 16 bytes|Hopper only|without the wgmma"):
         linear(packed(layer), 8, 64, scale, None, tile=Tile.WGMMA_128X128)
+
+
+@pytest.mark.parametrize("rank", [0, 1, 4, 10])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("m", "segment"), [(1, 128), (129, 256), (300, 384)])
+def test_linears_below_each_other(m, segment, rank, symmetric):
+    """q, k and v as one call on one quantized x: the same bits as three calls."""
+    x = torch.randn(m, 96, generator=torch.Generator().manual_seed(m)).bfloat16().cuda()
+    layers = [random_layer(segment, 96, 4, symmetric, ("bias", "gain"), rank, seed) for seed in range(3)]
+
+    def quantized(*chosen: LowBitLayer) -> tuple[torch.Tensor, ...]:
+        factors = {}
+        if rank:
+            factors["alpha"] = torch.cat([on_gpu(layer.alpha.T) for layer in chosen])
+            factors["frame_gain"] = torch.stack([on_gpu(layer.frame_gain) for layer in chosen])
+        return torch.ops.qvdit.quantize_rows(x, 8, symmetric, tokens_per_frame=2, **factors)
+
+    def linear(tile: int, *chosen: LowBitLayer) -> torch.Tensor:
+        return torch.ops.qvdit.low_bit_linear(
+            *quantized(*chosen),
+            torch.cat([packed(layer) for layer in chosen]),
+            4,
+            96,
+            torch.cat([on_gpu(layer.weight_scale) for layer in chosen]),
+            None,
+            torch.cat([on_gpu(layer.beta) for layer in chosen], 1) if rank else None,
+            torch.cat([on_gpu(layer.bias) for layer in chosen]),
+            torch.bfloat16,
+            tile,
+            segment,
+        )
+
+    for tile in tiles(3 * segment, 2):
+        if segment % 256 and tile in (Tile.MMA_128X256, Tile.WGMMA_128X256):
+            with pytest.raises(QvditError, match="segments of"):
+                linear(int(tile), *layers)
+        else:
+            assert torch.equal(linear(int(tile), *layers), torch.cat([linear(int(tile), la) for la in layers], 1))
+
+
+def test_segments_that_split_tiles_are_refused():
+    layer = random_layer(192, 96, 4, True, (), 0)
+    rows = torch.ops.qvdit.quantize_rows(torch.randn(4, 96, device="cuda"), 8, True)
+    with pytest.raises(QvditError, match="segments of 96 columns"):
+        torch.ops.qvdit.low_bit_linear(
+            *rows, packed(layer), 4, 96, on_gpu(layer.weight_scale), None, None, None, torch.bfloat16, 0, 96
+        )

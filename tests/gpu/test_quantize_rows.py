@@ -107,7 +107,7 @@ def test_nan_and_inf_make_their_row_nan_and_no_other(symmetric, value, k, dtype)
     assert_rows_equal(found, expected, k, symmetric)
     bad = [4, 11, 22, 23]
     assert found[1].isnan().nonzero()[:, 0].tolist() == bad
-    assert found[3].isnan().all(-1).nonzero()[:, 0].tolist() == bad
+    assert found[3].isnan().all(0).nonzero()[:, 0].tolist() == bad
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -138,7 +138,17 @@ def test_low_rank_input_side(symmetric, rank, k, frames):
     terms = factor.abs() * (rows.centred().double().abs() @ alpha.T.double().abs())
     found = quantize(x, 8, symmetric, alpha=alpha, frame_gain=gain, tokens_per_frame=tokens)
     assert_rows_equal(found, rows, k, symmetric)
-    assert ((found[3].double() - expected).abs() <= 8 * EPS * terms + 1e-37).all()
+    assert ((found[3].T.double() - expected).abs() <= 8 * EPS * terms + 1e-37).all()
+
+
+def test_gains_of_several_linears():
+    x, tokens = rows_of_any_kind(40, 96, torch.bfloat16, seed=5), 5
+    generator = torch.Generator().manual_seed(6)
+    alpha, gain = torch.randn(6, 96, generator=generator), torch.randn(3, 4, generator=generator)
+    together = quantize(x, 8, True, alpha=alpha, frame_gain=gain, tokens_per_frame=tokens)[3]
+    for i in range(3):
+        own = {"alpha": alpha[2 * i : 2 * i + 2], "frame_gain": gain[i], "tokens_per_frame": tokens}
+        assert torch.equal(together[2 * i : 2 * i + 2], quantize(x, 8, True, **own)[3])
 
 
 def run_transformed(

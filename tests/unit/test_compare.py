@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -141,6 +143,47 @@ def desk(tmp_path: Path, one_thread: None) -> Desk:
 
 def texts(tasks: Sequence[Task]) -> list[str]:
     return [" ".join(task.label[1:]) for task in tasks]
+
+
+# Several processes ----------------------------------------------------------------------------------------------------
+
+
+def test_a_cell_that_another_process_has_is_left_to_it(desk):
+    tasks = [Task(model(), RTN, Bits.parse(text)) for text in ("w3a6", "w2a6")]
+    with desk.store.claimed(tasks[0], desk.settled) as other:
+        assert other
+        outcome = desk.fill(tasks)
+    assert (outcome.elsewhere, outcome.computed) == ((str(tasks[0]),), (str(tasks[1]),))
+    outcome = desk.fill(tasks)  # the other one died without a result
+    assert (outcome.elsewhere, outcome.computed, outcome.measured) == ((), (str(tasks[0]),), 2)
+
+
+def test_a_cell_that_another_process_finished_is_not_measured_again(desk):
+    task = Task(model(), RTN, Bits.parse("w3a6"))
+    desk.fill([task])
+    with desk.store.claimed(task, desk.settled) as mine:
+        assert not mine
+
+
+def test_a_cell_waits_for_the_learning_rates_that_another_process_tries(desk):
+    task = Task(model(), OURS, Bits.parse("w2a6"))
+    [first, *_] = [plan.SweepRun(task.model, OURS, rate) for rate in desk.settled.training.learning_rates]
+    claimed = threading.Event()
+
+    def try_it() -> None:
+        record = {"model": "m", "recipe": "qvdit", "learning_rate": first.rate, "held_out_error": 0.0, "seconds": 1.0}
+        with desk.store.claimed(first, desk.settled):
+            claimed.set()
+            time.sleep(0.5)
+            desk.store.write(first, desk.settled, record)
+
+    other = threading.Thread(target=try_it)
+    other.start()
+    claimed.wait()
+    outcome = desk.fill([task])
+    other.join()
+    assert outcome.elsewhere == (str(first),)
+    assert desk.cell(task)["learning_rate"] == first.rate
 
 
 # Which cells, in which order ------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ def test_rtn_does_nothing_beyond_rounding():
 
 def test_the_papers_recipe():
     recipe = recipes.load("q-vdit-paper")
-    assert not recipe.activations.symmetric
+    assert recipe.activations.symmetric_from == 9
     assert recipe.tqe == TqeBlock(rank=1, start="zeros", frame_gain="temporal", inner_rank=32)
     assert recipe.distillation.relation_weight == 100
     assert not recipe.distillation.quantize_activations
@@ -93,8 +93,8 @@ def named(**fields):
         (named(distillation={"relation": "channels"}), "'channels'"),
         (named(tqe=None), "None"),
         (named(tqe=3), "3"),
-        (named(activations={"symmetric": 1}), "1"),
-        (named(activations={"symmetric": "yes please"}), "'yes please'"),
+        (named(activations={"symmetric_from": True}), "True"),
+        (named(activations={"symmetric_from": "yes please"}), "'yes please'"),
         (named(smoothing={"strength": "0.5 or so"}), "'0.5 or so'"),
         (named(smoothing={"strength": False}), "False"),
         (named(smoothing={"by_bits": {"w4a8": "half"}}), "half"),

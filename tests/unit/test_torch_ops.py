@@ -28,7 +28,7 @@ def test_shapes(dtype, symmetric, rank, shape, k):
         ((m, -(-k // 32) * 32), torch.int8),
         ((m,), torch.float32),
         ((0 if symmetric else m,), torch.int32),
-        ((m, rank), torch.float32),
+        ((rank, m), torch.float32),
         ((m if rank == 1 else 0,), torch.int32),
     ]
     words = on_meta(5, packed_words(k, 3), dtype=torch.int32)

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 
 from qvdit import __version__
+from qvdit.bench.command import app as bench
 from qvdit.contract import ACT_BITS, WEIGHT_BITS, QvditError
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ app = typer.Typer(
     help="Low-bit video diffusion transformers: calibrate, quantize, export, run, prove. "
     "`qvdit-export` does all of it in one go.",
 )
+app.add_typer(bench, name="bench")
 
 
 def _stage_command(last: str) -> Callable[..., None]:

@@ -6,7 +6,6 @@ T frames, P tokens per frame.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,9 +17,6 @@ from qvdit.contract.packing import pack
 from qvdit.runtimes import cuda, torch_ops  # noqa: F401  (torch_ops registers the operators)
 
 SEGMENT = 128  # a merged layer's N is a multiple of this: a tile of the GEMM then lies in one layer
-
-Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-_U = 3  # which of quantize_rows' results is u
 
 
 def unserved(layer: Layer) -> str | None:
@@ -81,8 +77,7 @@ class KernelLinear(torch.nn.Module):
     inv_smooth: torch.Tensor | None  # float32 [K]
     alpha: torch.Tensor | None  # float32 [S · R, K]
     beta: torch.Tensor | None  # float32 [R, S · N]
-    frame_gain: torch.Tensor | None  # float32 [T]
-    rank_gain: torch.Tensor | None  # float32 [S · R, T], in place of frame_gain where merged layers' gains differ
+    frame_gain: torch.Tensor | None  # float32 [S, T]
 
     def __init__(self, *layers: LowBitLayer):
         super().__init__()
@@ -97,25 +92,21 @@ class KernelLinear(torch.nn.Module):
         self.rank, self.rows = first.rank, first.rows
         self.frames = 0 if first.frame_gain is None or not first.rank else len(first.frame_gain)
         self.row_sums = first.weight_zero is not None and first.weight_bits == 8
-        self.segment = {"segment": first.shape[0]} if len(layers) > 1 and first.rank else {}
+        self.segment = first.shape[0]
         for name, value in _buffers(layers).items():
             self.register_buffer(name, None if value is None else torch.from_numpy(np.array(value, order="C")))
-        self.rank_axis = 0 if self.rank_gain is None else _rank_axis()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        per_frame = self.tokens_per_frame(x)
-        rows: Rows = torch.ops.qvdit.quantize_rows(
+        rows = torch.ops.qvdit.quantize_rows(
             x,
             self.act_bits,
             self.act_symmetric,
             inv_smooth=self.inv_smooth,
             alpha=self.alpha,
             frame_gain=self.frame_gain,
-            tokens_per_frame=per_frame,
+            tokens_per_frame=self.tokens_per_frame(x),
             row_sums=self.row_sums,
         )
-        if self.rank_gain is not None:
-            rows = (*rows[:_U], self._gained(rows[_U], self.rank_gain, per_frame), *rows[_U + 1 :])
         y = torch.ops.qvdit.low_bit_linear(
             *rows,
             self.words,
@@ -126,7 +117,7 @@ class KernelLinear(torch.nn.Module):
             self.beta,
             self.bias,
             x.dtype,
-            **self.segment,
+            segment=self.segment,
         )
         return y.reshape(*x.shape[:-1], self.out_features)
 
@@ -135,13 +126,6 @@ class KernelLinear(torch.nn.Module):
         if not self.frames:
             return 1
         return max(self.rows.tokens_per_frame(x.shape[-2], self.frames), 1)  # 1 where L = 0: there are no rows
-
-    def _gained(self, u: torch.Tensor, gain: torch.Tensor, per_frame: int) -> torch.Tensor:
-        """quantize_rows' u, [S · R, M] or its transpose, with every layer's own gain. gain: [S · R, T]."""
-        m = u.shape[1 - self.rank_axis]
-        frame = torch.div(torch.arange(m, device=u.device), per_frame, rounding_mode="floor") % self.frames
-        by_row = gain[:, frame]
-        return u * (by_row if self.rank_axis == 0 else by_row.T.contiguous())
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         for name, buffer in self._buffers.items():
@@ -160,7 +144,6 @@ def _buffers(layers: Sequence[LowBitLayer]) -> dict[str, np.ndarray | None]:
     alphas = [layer.alpha.T for layer in layers if layer.alpha is not None]
     betas = [layer.beta for layer in layers if layer.beta is not None]
     gains = [layer.frame_gain for layer in layers if layer.frame_gain is not None and layer.rank]
-    one_gain = all(_same(gain, gains[0]) for gain in gains)
     packed = [pack(layer.weight_q, layer.weight_bits, layer.weight_zero) for layer in layers]
     return {
         "words": np.concatenate(packed).view(np.int32),
@@ -170,8 +153,7 @@ def _buffers(layers: Sequence[LowBitLayer]) -> dict[str, np.ndarray | None]:
         "inv_smooth": first.inv_smooth,
         "alpha": np.concatenate(alphas).astype(np.float32) if alphas else None,
         "beta": np.concatenate(betas, axis=1).astype(np.float32) if betas else None,
-        "frame_gain": gains[0] if gains and one_gain else None,
-        "rank_gain": None if one_gain else np.repeat(np.stack(gains), first.rank, axis=0),
+        "frame_gain": np.stack(gains) if gains else None,
     }
 
 
@@ -187,10 +169,3 @@ def _biases(layers: Sequence[LowBitLayer]) -> np.ndarray | None:
         return None
     biases = [np.zeros(layer.shape[0]) if layer.bias is None else layer.bias for layer in layers]
     return np.concatenate(biases).astype(np.float32)
-
-
-@functools.cache
-def _rank_axis() -> int:
-    """The axis of quantize_rows' u that counts ranks: asked of the operator, whose affair its layout is."""
-    x, alpha = torch.empty(3, 32, device="meta"), torch.empty(2, 32, device="meta")
-    return tuple(torch.ops.qvdit.quantize_rows(x, 8, True, alpha=alpha)[_U].shape).index(2)

@@ -123,30 +123,8 @@ def low_bit_linear(
     apart = weight_zero is not None and weight_bits == 8  # such a zero point does not fit into int8 weights
     if apart and row_sum.numel() == 0:
         raise QvditError("8-bit weights with zero points, without row_sum", "row_sum", "quantize with row_sums=True")
-    rank, segment = 0 if beta is None else beta.shape[0], segment or words.shape[0]
-    arguments = cuda.GemmArgs(
-        x_q=_pointer(x_q, torch.int8, (x_q.shape[0], padded(in_features))),
-        weight=_pointer(weight, torch.int8),
-        m=x_q.shape[0],
-        n=words.shape[0],
-        k_pad=x_q.shape[1],
-        scale=_pointer(scale, torch.float32, (x_q.shape[0],)),
-        weight_scale=_pointer(weight_scale, torch.float32, (words.shape[0],)),
-        zero=_pointer(zero, torch.int32),
-        weight_sum=_pointer(weight_sum, torch.int32),
-        weight_zero=_pointer(weight_zero, torch.int8, (words.shape[0],)) if apart else None,
-        row_sum=_pointer(row_sum, torch.int32) if apart else None,
-        u=_pointer(u, torch.float32, (words.shape[0] // segment * rank, x_q.shape[0])) if rank else None,
-        beta=_pointer(beta, torch.float32, (rank, words.shape[0])),
-        rank=rank,
-        segment=segment,
-        bias=_pointer(bias, torch.float32, (words.shape[0],)),
-        y=_pointer(y, out_dtype),
-        y_dtype=_DTYPES[out_dtype],
-        tile=tile,
-    )
-    with torch.cuda.device(x_q.device):
-        _library(x_q.device.index).low_bit_gemm(arguments, _stream(x_q))
+    rows = (x_q, scale, zero, u, row_sum)
+    gemm(rows, weight, weight_sum, weight_scale, weight_zero if apart else None, beta, bias, y, tile, segment)
     return y
 
 
@@ -192,6 +170,51 @@ def unpack_weight(
     with torch.cuda.device(words.device):
         _library(words.device.index).unpack_weight(arguments, _stream(words))
     return weight, weight_sum
+
+
+def gemm(
+    rows: tuple[torch.Tensor, ...],
+    weight: torch.Tensor,
+    weight_sum: torch.Tensor | None,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor | None,
+    beta: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    tile: int = 0,
+    segment: int = 0,
+) -> None:
+    """Steps 3 and 4 of LowBitLinear into y [M, N]: on quantize_rows' results and int8 weights [N, K_pad].
+
+    weight, weight_sum: as :func:`unpack_weight` gives them; weight_zero: where it is not subtracted from ``weight``.
+    segment: as for :func:`low_bit_linear`.
+    """
+    x_q, scale, zero, u, row_sum = rows
+    m, n = y.shape
+    rank, segment = 0 if beta is None else beta.shape[0], segment or n
+    arguments = cuda.GemmArgs(
+        x_q=_pointer(x_q, torch.int8, (m, weight.shape[1])),
+        weight=_pointer(weight, torch.int8, (n, x_q.shape[1])),
+        m=m,
+        n=n,
+        k_pad=x_q.shape[1],
+        scale=_pointer(scale, torch.float32, (m,)),
+        weight_scale=_pointer(weight_scale, torch.float32, (n,)),
+        zero=_pointer(zero, torch.int32),
+        weight_sum=_pointer(weight_sum, torch.int32),
+        weight_zero=_pointer(weight_zero, torch.int8, (n,)),
+        row_sum=None if weight_zero is None else _pointer(row_sum, torch.int32),
+        u=_pointer(u, torch.float32, (n // segment * rank, m)) if rank else None,
+        beta=_pointer(beta, torch.float32, (rank, n)),
+        rank=rank,
+        segment=segment,
+        bias=_pointer(bias, torch.float32, (n,)),
+        y=_pointer(y, y.dtype),
+        y_dtype=_DTYPES[y.dtype],
+        tile=tile,
+    )
+    with torch.cuda.device(x_q.device):
+        _library(x_q.device.index).low_bit_gemm(arguments, _stream(x_q))
 
 
 def _quantized(

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from qvdit.compare import sampling
 from qvdit.compare.plan import Terms
+from qvdit.compare.sharing import held
 from qvdit.contract import Bits, QvditError, checkpoint
-from qvdit.contract.files import held, write_atomic
+from qvdit.contract.files import write_atomic
 from qvdit.contract.layer import Layer
 from qvdit.method import calibration, quantization, statistics
 from qvdit.method.calibration import CalibrationData

@@ -14,9 +14,9 @@ from qvdit.compare import results
 from qvdit.compare.bench import Bench
 from qvdit.compare.fill import Filling, Outcome, Watch
 from qvdit.compare.settings import CompareSettings, recipes_with_layer_bits
+from qvdit.compare.sharing import held
 from qvdit.compare.store import Store
 from qvdit.compare.table import Cell
-from qvdit.contract.files import held
 from qvdit.models.loading import SourceModel
 from qvdit.system import cpu_name, tool_versions
 

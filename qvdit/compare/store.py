@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from qvdit.compare.plan import SweepRun, Task, Terms
+from qvdit.compare.sharing import held
 from qvdit.contract import QvditError
-from qvdit.contract.files import held, read_json, write_json
+from qvdit.contract.files import read_json, write_json
 
 Record = dict[str, Any]
 Say = Callable[[str], None]

@@ -1,16 +1,13 @@
-"""Files that are written whole or not at all, stay where they belong, and one process at a time makes."""
+"""Files that are written whole or not at all, and stay where they belong."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import filelock
 
 from qvdit.contract.errors import QvditError
 
@@ -24,25 +21,6 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     with temporary.open("rb+") as file:
         os.fsync(file.fileno())
     temporary.replace(path)
-
-
-@contextmanager
-def held(path: Path, wait: bool = True) -> Iterator[bool]:
-    """Hold the lock that ``path`` stands for, until the block or the process ends; whether it is held.
-
-    Without ``wait``, a lock that another process holds is left to it. Its file, .NAME.lock, stays beside ``path``.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=-1 if wait else 0)
-    try:
-        lock.acquire()
-    except filelock.Timeout:
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -16,87 +12,74 @@ from qvdit.contract import FrameRows, StaticInt8Layer
 from qvdit.contract.packing import unpack
 from qvdit.method import operator
 from qvdit.method.lowbit import LowBitLinear
-from qvdit.runtimes import torch_linear
 from qvdit.runtimes.torch_linear import KernelLinear, mergeable, unserved
 
 PARTS = [(), ("zero", "bias"), ("zero", "bias", "smooth", "gain")]
 
 
-def eager_quantize_rows(rank_axis: int) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """The operator by its definition, u's ranks along an axis."""
-
-    def quantize_rows(
-        x: torch.Tensor,
-        act_bits: int,
-        symmetric: bool,
-        inv_smooth: torch.Tensor | None = None,
-        alpha: torch.Tensor | None = None,
-        frame_gain: torch.Tensor | None = None,
-        tokens_per_frame: int = 1,
-        row_sums: bool = False,
-    ) -> tuple[torch.Tensor, ...]:
-        flat = x.reshape(-1, x.shape[-1])
-        levels = torch.tensor(float(operator.act_levels(act_bits, symmetric)), device=x.device)
-        rows = operator.quantize_rows(operator.transform(flat, inv_smooth), levels, symmetric)
-        m, centred = len(flat), rows.centred()
-        u = x.new_zeros(m, 0, dtype=torch.float32) if alpha is None else rows.scale * (centred @ alpha.T)
-        if frame_gain is not None:
-            frame = torch.arange(m, device=x.device) // tokens_per_frame % len(frame_gain)
-            u = u * frame_gain[frame][:, None]
-        stored = 0 if symmetric else 128
-        x_q = torch.nn.functional.pad((rows.x_q - stored).to(torch.int8), (0, -x.shape[-1] % 32))
-        zero = torch.zeros(0, dtype=torch.int32) if rows.zero is None else (rows.zero[:, 0] - stored).int()
-        row_sum = centred.sum(1).int() if row_sums else torch.zeros(0, dtype=torch.int32)
-        return x_q, rows.scale[:, 0], zero, u if rank_axis else u.T.contiguous(), row_sum
-
-    return quantize_rows
+def eager_quantize_rows(
+    x: torch.Tensor,
+    act_bits: int,
+    symmetric: bool,
+    inv_smooth: torch.Tensor | None = None,
+    alpha: torch.Tensor | None = None,
+    frame_gain: torch.Tensor | None = None,
+    tokens_per_frame: int = 1,
+    row_sums: bool = False,
+) -> tuple[torch.Tensor, ...]:
+    """The operator by its definition."""
+    flat = x.reshape(-1, x.shape[-1])
+    levels = torch.tensor(float(operator.act_levels(act_bits, symmetric)), device=x.device)
+    rows = operator.quantize_rows(operator.transform(flat, inv_smooth), levels, symmetric)
+    m, centred = len(flat), rows.centred()
+    u = x.new_zeros(0, m, dtype=torch.float32) if alpha is None else rows.scale[:, 0] * (alpha @ centred.T)
+    if frame_gain is not None:
+        frame = torch.arange(m, device=x.device) // tokens_per_frame % frame_gain.shape[-1]
+        u = u * frame_gain[:, frame].repeat_interleave(len(u) // len(frame_gain), 0)
+    stored = 0 if symmetric else 128
+    x_q = torch.nn.functional.pad((rows.x_q - stored).to(torch.int8), (0, -x.shape[-1] % 32))
+    zero = torch.zeros(0, dtype=torch.int32) if rows.zero is None else (rows.zero[:, 0] - stored).int()
+    row_sum = centred.sum(1).int() if row_sums else torch.zeros(0, dtype=torch.int32)
+    return x_q, rows.scale[:, 0], zero, u, row_sum
 
 
-def eager_low_bit_linear(rank_axis: int) -> Callable[..., torch.Tensor]:
+def eager_low_bit_linear(
+    x_q: torch.Tensor,
+    scale: torch.Tensor,
+    zero: torch.Tensor,
+    u: torch.Tensor,
+    row_sum: torch.Tensor,
+    words: torch.Tensor,
+    weight_bits: int,
+    in_features: int,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor | None,
+    beta: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    tile: int = 0,
+    segment: int = 0,
+) -> torch.Tensor:
     """The operator by its definition; of a merged layer, columns n take the ranks of their segment."""
-
-    def low_bit_linear(
-        x_q: torch.Tensor,
-        scale: torch.Tensor,
-        zero: torch.Tensor,
-        u: torch.Tensor,
-        row_sum: torch.Tensor,
-        words: torch.Tensor,
-        weight_bits: int,
-        in_features: int,
-        weight_scale: torch.Tensor,
-        weight_zero: torch.Tensor | None,
-        beta: torch.Tensor | None,
-        bias: torch.Tensor | None,
-        out_dtype: torch.dtype,
-        tile: int = 0,
-        segment: int = 0,
-    ) -> torch.Tensor:
-        weight = torch.from_numpy(unpack(words.numpy().view(np.uint32), weight_bits, in_features)).double()
-        weight = weight if weight_zero is None else weight - weight_zero.double()[:, None]
-        centred = x_q[:, :in_features].double() - (zero.double()[:, None] if len(zero) else 0)
-        if weight_zero is not None and weight_bits == 8:
-            assert torch.equal(row_sum.double(), centred.sum(1))
-        y = scale[:, None] * ((centred @ weight.T).float() * weight_scale)
-        if beta is not None:
-            by_rank = u if rank_axis else u.T
-            rank, n = beta.shape
-            segment = segment or n
-            assert by_rank.shape[1] == rank * (n // segment)
-            terms = [by_rank[:, i * rank : (i + 1) * rank] @ b for i, b in enumerate(beta.split(segment, 1))]
-            y = y + torch.cat(terms, 1)
-        return (y if bias is None else y + bias).to(out_dtype)
-
-    return low_bit_linear
+    weight = torch.from_numpy(unpack(words.numpy().view(np.uint32), weight_bits, in_features)).double()
+    weight = weight if weight_zero is None else weight - weight_zero.double()[:, None]
+    centred = x_q[:, :in_features].double() - (zero.double()[:, None] if len(zero) else 0)
+    if weight_zero is not None and weight_bits == 8:
+        assert torch.equal(row_sum.double(), centred.sum(1))
+    y = scale[:, None] * ((centred @ weight.T).float() * weight_scale)
+    if beta is not None:
+        rank, n = beta.shape
+        assert len(u) == rank * (n // segment)
+        terms = [u[i * rank : (i + 1) * rank].T @ b for i, b in enumerate(beta.split(segment, 1))]
+        y = y + torch.cat(terms, 1)
+    return (y if bias is None else y + bias).to(out_dtype)
 
 
-@pytest.fixture(params=[0, 1], ids=["ranks_first", "rows_first"])
-def eager(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both operators in eager PyTorch, u in either layout."""
-    monkeypatch.setattr(torch.ops.qvdit, "quantize_rows", eager_quantize_rows(request.param))
-    monkeypatch.setattr(torch.ops.qvdit, "low_bit_linear", eager_low_bit_linear(request.param))
-    torch_linear._rank_axis.cache_clear()
-    monkeypatch.setattr(torch_linear, "_rank_axis", lambda: request.param)
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both operators in eager PyTorch."""
+    monkeypatch.setattr(torch.ops.qvdit, "quantize_rows", eager_quantize_rows)
+    monkeypatch.setattr(torch.ops.qvdit, "low_bit_linear", eager_low_bit_linear)
 
 
 def activations(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -122,8 +105,7 @@ def test_buffers(bits, k, parts, low_bit_layer):
         held, expected = getattr(module, name), getattr(layer, name)
         assert (held is None) == (expected is None)
         if expected is not None:
-            np.testing.assert_array_equal(held, expected)
-    assert module.rank_gain is None
+            np.testing.assert_array_equal(held.reshape(expected.shape), expected)
 
 
 @pytest.mark.usefixtures("eager")
@@ -214,27 +196,11 @@ def test_it_compiles_whole(low_bit_layer):
     assert len(graphs) <= 2
 
 
-@pytest.mark.parametrize("rank_axis", [0, 1])
-def test_a_merged_layer_compiles_whole(rank_axis, low_bit_layer, monkeypatch):
-    """Its own part, that is: the operators are replaced by what gives shapes."""
-
-    def quantize_rows(x: torch.Tensor, *_: Any, alpha: torch.Tensor, **__: Any) -> tuple[torch.Tensor, ...]:
-        u = (x.reshape(-1, x.shape[-1]) @ alpha.T.to(x.dtype)).float()
-        return x, x, x, u if rank_axis else u.T.contiguous(), x
-
-    def low_bit_linear(x_q: torch.Tensor, *rest: torch.Tensor, segment: int) -> torch.Tensor:
-        assert segment == 128
-        u, n = rest[2], rest[4].shape[0]
-        return (u.T if rank_axis == 0 else u).sum(1, keepdim=True).expand(-1, n).to(x_q.dtype)
-
-    monkeypatch.setattr(torch.ops.qvdit, "quantize_rows", quantize_rows)
-    monkeypatch.setattr(torch.ops.qvdit, "low_bit_linear", low_bit_linear)
-    monkeypatch.setattr(torch_linear, "_rank_axis", lambda: rank_axis)
-    module = KernelLinear(*(low_bit_layer(128, 64, 4, ("gain",), 2, seed=seed) for seed in range(3)))
-    compiled = torch.compile(module, backend="aot_eager", fullgraph=True, dynamic=True)
+def test_a_merged_layer_compiles_whole(low_bit_layer):
+    module = KernelLinear(*(low_bit_layer(128, 64, 4, ("gain",), 2, seed=seed) for seed in range(3))).to("meta")
+    compiled = torch.compile(module, backend="eager", fullgraph=True, dynamic=True)
     for length in (8, 12):
-        x = activations(2, length, 64)
-        torch.testing.assert_close(compiled(x), module(x))
+        assert compiled(torch.empty(2, length, 64, device="meta")).shape == (2, length, 384)
 
 
 # Several layers as one ------------------------------------------------------------------------------------------------
@@ -244,15 +210,11 @@ def test_a_merged_layer_compiles_whole(rank_axis, low_bit_layer, monkeypatch):
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("rank", [0, 1, 3])
 @pytest.mark.parametrize("parts", PARTS)
-@pytest.mark.parametrize("gains", ["own", "common"])
 @pytest.mark.parametrize("bits", [3, 8])
-def test_merged_layers(count, rank, parts, gains, bits, low_bit_layer):
+def test_merged_layers(count, rank, parts, bits, low_bit_layer):
     layers = [low_bit_layer(128, 45, bits, parts, rank, seed=seed, act_symmetric=False) for seed in range(count)]
-    if "gain" in parts and gains == "common":
-        layers = [dataclasses.replace(layer, frame_gain=layers[0].frame_gain) for layer in layers]
     assert mergeable(layers)
     module = KernelLinear(*layers)
-    assert (module.rank_gain is None) == (gains == "common" or "gain" not in parts or not rank)
     x = activations(2, 8, 45)
     expected = torch.cat([LowBitLinear(layer)(x) for layer in layers], -1)
     torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-4)
@@ -330,10 +292,3 @@ def test_layers_that_the_kernels_do_not_serve(low_bit_layer):
     for layer in (grouped, wide):
         with pytest.raises(ValueError, match=layer.name):
             KernelLinear(layer)
-
-
-def test_the_layout_of_u_is_the_operators(low_bit_layer: Any):
-    torch_linear._rank_axis.cache_clear()
-    x, alpha = torch.empty(5, 32, device="meta"), torch.empty(3, 32, device="meta")
-    u = torch.ops.qvdit.quantize_rows(x, 8, True, alpha=alpha)[3]
-    assert u.shape[torch_linear._rank_axis()] == 3

@@ -38,9 +38,9 @@ def session(model: bytes | Path, threads: int | None = None) -> onnxruntime.Infe
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.log_severity_level = 3
-    # A thread that waits spins for 100 µs, then sleeps. Two that spin for longer may come to share a core where something
-    # else runs, and stay there, since the scheduler moves threads as they wake: 300 ms a forward pass of wan-shapes on two
-    # cores in place of 172. Threads that never spin take 186.
+    # A thread that waits spins for 100 µs, then sleeps. Two that spin for longer may come to share a core where
+    # something else runs, and stay there, since the scheduler moves threads as they wake: 300 ms a forward pass of
+    # wan-shapes on two cores in place of 172. Threads that never spin take 186.
     options.add_session_config_entry("session.intra_op.spin_duration_us", "100")
     # Older versions do not know that: there, at least, nobody spins once a run is over.
     options.add_session_config_entry("session.force_spinning_stop", "1")

@@ -35,49 +35,28 @@ struct EpilogueFactors {
   alignas(16) float bias[kBlockN];
   alignas(16) float beta[kStagedRanks][kBlockN];
 
-  // By all threads of the epilogue. Rows and columns past the ends get zeros, and so does what is absent. All loads come
-  // before the first write: one wait for device memory a tile, not one for each array.
+  // By all threads of the epilogue. Rows and columns past the ends get zeros; a rank that is absent, too.
   __device__ __forceinline__ void fill(const qvdit_gemm_args& args, int64_t first_m, int64_t first_n, int thread,
                                        int threads) {
     const int ranks = args.rank < kStagedRanks ? static_cast<int>(args.rank) : kStagedRanks;
+    for (int i = thread; i < kBlockN; i += threads) {
+      const int64_t n = first_n + i;
+      const bool there = n < args.n;
+      if (args.weight_scale) weight_scale[i] = there ? __ldg(args.weight_scale + n) : 0.f;
+      bias[i] = there && args.bias ? __ldg(args.bias + n) : 0.f;
+      beta[0][i] = there && ranks > 0 ? __ldg(args.beta + n) : 0.f;
+      for (int r = 1; r < ranks; ++r) beta[r][i] = there ? __ldg(args.beta + r * args.n + n) : 0.f;
+      if (args.zero) weight_sum[i] = there ? __ldg(args.weight_sum + n) : 0;
+    }
     const float* segment_u = args.u + first_u(args, first_n);
     for (int i = thread; i < kBlockM; i += threads) {
       const int64_t m = first_m + i;
       const bool there = m < args.m;
-      const float row_scale = load_if(there && args.scale, args.scale + m);
-      const int32_t row_zero = load_if(there && args.zero, args.zero + m);
-      float row_u[kStagedRanks];
-#pragma unroll
-      for (int r = 0; r < kStagedRanks; ++r) row_u[r] = load_if(there && r < ranks, segment_u + r * args.m + m);
-      scale[i] = row_scale, zero[i] = row_zero;
-#pragma unroll
-      for (int r = 0; r < kStagedRanks; ++r) u[r][i] = row_u[r];
+      if (args.scale) scale[i] = there ? __ldg(args.scale + m) : 0.f;
+      u[0][i] = there && ranks > 0 ? __ldg(segment_u + m) : 0.f;
+      for (int r = 1; r < ranks; ++r) u[r][i] = there ? __ldg(segment_u + r * args.m + m) : 0.f;
+      if (args.zero) zero[i] = there ? __ldg(args.zero + m) : 0;
     }
-    for (int i = thread; i < kBlockN; i += threads) {
-      const int64_t n = first_n + i;
-      const bool there = n < args.n;
-      const float column_scale = load_if(there && args.weight_scale, args.weight_scale + n);
-      const int32_t column_sum = load_if(there && args.zero, args.weight_sum + n);
-      const float column_bias = load_if(there && args.bias, args.bias + n);
-      float column_beta[kStagedRanks];
-#pragma unroll
-      for (int r = 0; r < kStagedRanks; ++r) column_beta[r] = load_if(there && r < ranks, args.beta + r * args.n + n);
-      weight_scale[i] = column_scale, weight_sum[i] = column_sum, bias[i] = column_bias;
-#pragma unroll
-      for (int r = 0; r < kStagedRanks; ++r) beta[r][i] = column_beta[r];
-    }
-  }
-
-  // A predicated load: no branch, so that the loads around it go out together.
-  static __device__ __forceinline__ float load_if(bool there, const float* from) {
-    float value;
-    asm("{\n.reg .pred p;\nsetp.ne.b32 p, %2, 0;\nmov.b32 %0, 0;\n@p ld.global.nc.f32 %0, [%1];\n}"
-        : "=f"(value)
-        : "l"(from), "r"(static_cast<int>(there)));
-    return value;
-  }
-  static __device__ __forceinline__ int32_t load_if(bool there, const int32_t* from) {
-    return __float_as_int(load_if(there, reinterpret_cast<const float*>(from)));
   }
 };
 
@@ -126,6 +105,7 @@ struct LowBitVisitor {
   struct Callbacks : cutlass::epilogue::fusion::EmptyConsumerStoreCallbacks {
     static constexpr int kSubtile = decltype(cute::size(std::declval<Coordinates>()(
         cute::_, cute::_, cute::_, cute::Int<0>{}, cute::Int<0>{})))::value;
+    static constexpr int kSubtilesM = decltype(cute::size<3>(std::declval<Coordinates>()))::value;
     static constexpr int kPairs = kSubtile / 4;
 
     CUTLASS_DEVICE Callbacks(Coordinates coordinates, int first_m, int first_n, int tile_m, int tile_n, int thread,
@@ -145,10 +125,11 @@ struct LowBitVisitor {
     int thread;
     Params const* params;
     SharedStorage* shared;
-    // The thread's factors of one subtile.
-    float scale[2], u[kStagedRanks][2];
-    int32_t zero[2];
-    float2 weight_scale[kPairs], bias[kPairs], beta[kStagedRanks][kPairs];
+    // The thread's factors: of all its rows, and of the columns of one subtile.
+    float scale[kSubtilesM][2], u[kSubtilesM][2];
+    int32_t zero[kSubtilesM][2];
+    float2 weight_scale[kPairs], bias[kPairs], beta[kPairs];
+    int2 weight_sum[kPairs];
 
     CUTLASS_DEVICE void begin() { shared->fill(*params, tile_m, tile_n, thread, kThreads); }
     CUTLASS_DEVICE bool begin_sync_needed() const { return true; }
@@ -163,31 +144,23 @@ struct LowBitVisitor {
 
     // Subtiles come by columns: (0, 0), (1, 0), …, (0, 1), …
     CUTLASS_DEVICE void begin_loop(int epi_m, int epi_n) {
+      const bool zeros = params->zero != nullptr;
+      if (epi_n == 0) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        scale[h] = shared->scale[row(epi_m, h)];
-        zero[h] = shared->zero[row(epi_m, h)];
+        for (int h = 0; h < 2; ++h) {
+          scale[epi_m][h] = shared->scale[row(epi_m, h)];
+          u[epi_m][h] = shared->u[0][row(epi_m, h)];
+          if (zeros) zero[epi_m][h] = shared->zero[row(epi_m, h)];
+        }
       }
-#pragma unroll
-      for (int r = 0; r < kStagedRanks; ++r) {
-        if (r >= params->rank) break;
-#pragma unroll
-        for (int h = 0; h < 2; ++h) u[r][h] = shared->u[r][row(epi_m, h)];
-      }
-      if (epi_m == 0) {  // the columns of the subtiles below are the same
+      if (epi_m == 0) {
 #pragma unroll
         for (int p = 0; p < kPairs; ++p) {
           const int n = column(epi_n, p);
           weight_scale[p] = *reinterpret_cast<const float2*>(shared->weight_scale + n);
           bias[p] = *reinterpret_cast<const float2*>(shared->bias + n);
-        }
-#pragma unroll
-        for (int r = 0; r < kStagedRanks; ++r) {
-          if (r >= params->rank) break;
-#pragma unroll
-          for (int p = 0; p < kPairs; ++p) {
-            beta[r][p] = *reinterpret_cast<const float2*>(shared->beta[r] + column(epi_n, p));
-          }
+          beta[p] = *reinterpret_cast<const float2*>(shared->beta[0] + n);
+          if (zeros) weight_sum[p] = *reinterpret_cast<const int2*>(shared->weight_sum + n);
         }
       }
     }
@@ -201,7 +174,8 @@ struct LowBitVisitor {
       if (params->zero) {
 #pragma unroll
         for (int i = 0; i < kSize; ++i) {
-          sums[i] -= zero[i / 2 % 2] * shared->weight_sum[column(epi_n, first_pair + i / 4) + i % 2];
+          const int2 pair = weight_sum[first_pair + i / 4];
+          sums[i] -= zero[epi_m][i / 2 % 2] * (i % 2 ? pair.y : pair.x);
         }
       }
       if (params->weight_zero) correct_weight_zero(sums, first_pair, epi_m, epi_n);
@@ -212,18 +186,10 @@ struct LowBitVisitor {
 #pragma unroll
         for (int i = 0; i < kSize; ++i) {
           const int p = first_pair + i / 4, h = i / 2 % 2;
-          y[i] = scale[h] * (static_cast<float>(sums[i]) * (i % 2 ? weight_scale[p].y : weight_scale[p].x));
+          y[i] = scale[epi_m][h] * (static_cast<float>(sums[i]) * (i % 2 ? weight_scale[p].y : weight_scale[p].x));
+          y[i] += u[epi_m][h] * (i % 2 ? beta[p].y : beta[p].x);
         }
-#pragma unroll
-        for (int r = 0; r < kStagedRanks; ++r) {
-          if (r >= params->rank) break;
-#pragma unroll
-          for (int i = 0; i < kSize; ++i) {
-            const int p = first_pair + i / 4;
-            y[i] += u[r][i / 2 % 2] * (i % 2 ? beta[r][p].y : beta[r][p].x);
-          }
-        }
-        if (params->rank > kStagedRanks) add_further_ranks(y, first_pair, epi_m, epi_n);
+        if (params->rank > 1) add_further_ranks(y, first_pair, epi_m, epi_n);
 #pragma unroll
         for (int i = 0; i < kSize; ++i) y[i] += i % 2 ? bias[first_pair + i / 4].y : bias[first_pair + i / 4].x;
         return cutlass::NumericArrayConverter<Out, float, kSize>{}(y);
@@ -232,8 +198,20 @@ struct LowBitVisitor {
 
     template <int kSize>
     CUTLASS_DEVICE void add_further_ranks(cutlass::Array<float, kSize>& y, int first_pair, int epi_m, int epi_n) const {
+      const int ranks = static_cast<int>(params->rank), staged = ranks < kStagedRanks ? ranks : kStagedRanks;
+#pragma unroll
+      for (int r = 1; r < kStagedRanks; ++r) {
+        if (r >= staged) break;
+#pragma unroll
+        for (int i = 0; i < kSize; i += 2) {
+          const float2 pair =
+              *reinterpret_cast<const float2*>(shared->beta[r] + column(epi_n, first_pair + i / 4));
+          const float factor = shared->u[r][row(epi_m, i / 2 % 2)];
+          y[i] += factor * pair.x, y[i + 1] += factor * pair.y;
+        }
+      }
 #pragma unroll 1
-      for (int64_t r = kStagedRanks; r < params->rank; ++r) {
+      for (int r = kStagedRanks; r < ranks; ++r) {
         const float* row_u = params->u + first_u(*params, tile_n) + r * params->m;
         const float* column_beta = params->beta + r * params->n;
 #pragma unroll

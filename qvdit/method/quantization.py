@@ -258,13 +258,12 @@ def _fit_gains(transformer: Any, layers: list[TrainableLinear], data: Calibratio
     fits = {layer.name: tqe.GainFit(frames, layer.rows) for layer in layers}
 
     def gather(layer: TrainableLinear, x: torch.Tensor) -> None:
-        assert layer.alpha is not None
         assert layer.beta is not None
         transformed = layer.transformed_input(x)
         linear = transformer.get_submodule(layer.name)
         exact = torch.nn.functional.linear(x.float(), linear.weight.float(), linear.bias)
         rounded = torch.nn.functional.linear(transformed, layer.quantized_weight(), layer.bias)
-        fits[layer.name].add(exact - rounded, transformed @ layer.alpha @ layer.beta)
+        fits[layer.name].add(exact - rounded, transformed @ layer.operator_alpha @ layer.beta)
 
     handles = [
         transformer.get_submodule(layer.name).register_forward_pre_hook(

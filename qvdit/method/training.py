@@ -50,6 +50,9 @@ class TrainableLinear(torch.nn.Module):
         super().__init__()
         self.name, self.act_bits, self.act_symmetric, self.rows = name, act_bits, act_symmetric, rows
         self.weight_bits, self.rotation = grid.bits, rotation
+        # The rotation of the operator makes inputs √B times as large, and weights and alpha as much smaller. What is
+        # trained is what it would be with an orthonormal one: an optimizer's steps are then as far, rotated or not.
+        self.rotated = max(rotation, 1) ** -0.5
         self.out_features, self.in_features = weight.shape
         self.register_buffer("weight", weight)
         self.register_buffer("zero", grid.zero)
@@ -61,7 +64,7 @@ class TrainableLinear(torch.nn.Module):
         self.register_buffer("levels", torch.tensor(levels, device=weight.device))
         self.log_scale = torch.nn.Parameter(grid.scale.log())  # the logarithm keeps Δ positive
         self.bias = None if bias is None else torch.nn.Parameter(bias.clone())
-        self.alpha = None if alpha is None else torch.nn.Parameter(alpha)
+        self.alpha = None if alpha is None else torch.nn.Parameter(alpha / self.rotated)
         self.beta = None if beta is None else torch.nn.Parameter(beta)
         self.gain = None if gain is None else torch.nn.Parameter(gain)
         self.inner_a: torch.nn.Parameter | None = None
@@ -80,11 +83,17 @@ class TrainableLinear(torch.nn.Module):
         """The grid as it is now."""
         return WeightGrid(self.weight_bits, self.log_scale.exp(), self.zero)
 
+    @property
+    def operator_alpha(self) -> torch.Tensor:
+        """alpha as the operator takes it, [K, R]."""
+        assert self.alpha is not None
+        return self.alpha * self.rotated
+
     def latent_weight(self) -> torch.Tensor:
-        """What is rounded: W + B·A, [N, K]."""
+        """What is rounded: W + B·A / √block, [N, K]."""
         if self.inner_a is None or self.inner_b is None:
             return self.weight
-        return self.weight + self.inner_b @ self.inner_a
+        return self.weight + self.rotated * (self.inner_b @ self.inner_a)
 
     def quantized_weight(self) -> torch.Tensor:
         """Ŵ, [N, K], differentiable in Δ, A and B."""
@@ -113,7 +122,7 @@ class TrainableLinear(torch.nn.Module):
         y = torch.nn.functional.linear(x_hat, self.quantized_weight(), self.bias)
         if self.alpha is None or self.beta is None:
             return y
-        factor = x_hat @ self.alpha
+        factor = x_hat @ self.operator_alpha
         if self.gain is not None:
             factor = factor * operator.row_gains(self.gain, self.rows, factor.shape)
         return y + factor @ self.beta
@@ -123,8 +132,8 @@ class TrainableLinear(torch.nn.Module):
         """Freeze: B·A disappears into the integers, everything else becomes an array of the operator."""
         grid = self.grid
         alpha, beta, gain = None, None, None
-        if self.alpha is not None and self.beta is not None and bool(self.beta.any()):
-            (alpha, beta), gain = half_term(self.alpha, self.beta), self.gain  # one never trained corrects nothing
+        if self.alpha is not None and self.beta is not None and bool(self.beta.any()):  # one never trained: nothing
+            (alpha, beta), gain = half_term(self.operator_alpha, self.beta), self.gain
         return LowBitLayer(
             name=self.name,
             weight_bits=self.weight_bits,

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from qvdit.contract import FrameRows
+from qvdit.method import operator
 from qvdit.method.lowbit import LowBitLinear
 from qvdit.method.quantization import near_integers
 from qvdit.method.training import TrainableLinear, half_term, round_through
@@ -275,3 +276,33 @@ def test_near_integers_moves_no_further_than_it_must():
     weight = torch.tensor([[2.3, 2.9, -0.2]])
     found = near_integers(weight, torch.tensor([[2.0, 2.0, 5.0]]), grid)
     torch.testing.assert_close(found, torch.tensor([[2.3, 2.4, 4.6]]))
+
+
+def test_a_rotation_does_not_change_how_far_a_step_goes():
+    """The operator's rotation is √B times an orthonormal one; what is trained has the gradients of the orthonormal."""
+    k, block = 32, 16  # √B is a power of two: everything but its factor is equal to the bit
+    weight, alpha, beta, x = draw(N, k), draw(k, R, seed=3), draw(R, N, seed=4), draw(5, k, seed=7)
+    grid = search_grid(weight, 3, False)
+    orthonormal = TrainableLinear("o", weight, None, grid, 6, True, FrameRows.NONE, None, alpha, beta)
+    rotated = TrainableLinear(
+        "r",
+        weight / 4,
+        None,
+        WeightGrid(3, grid.scale / 4, grid.zero),
+        6,
+        True,
+        FrameRows.NONE,
+        None,
+        alpha / 4,
+        beta,
+        rotation=block,
+    )
+    for layer in (orthonormal, rotated):
+        layer.add_inner_term(R, torch.Generator().manual_seed(5))
+        layer.inner_b.data += draw(N, R, seed=6)
+    y = orthonormal(operator.walsh_hadamard(x, block) / 4)
+    torch.testing.assert_close(rotated(x), y, rtol=1e-5, atol=1e-5)
+    for output in (y, rotated(x)):
+        output.square().sum().backward()
+    for (name, a), (_, b) in zip(orthonormal.named_parameters(), rotated.named_parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4, msg=name)

@@ -20,7 +20,7 @@ add_library(
   ${here}/shell.cc
   ${objects})
 target_include_directories(qvdit_tensorrt SYSTEM PRIVATE ${QVDIT_TENSORRT_INCLUDE} ${CUDAToolkit_INCLUDE_DIRS})
-target_compile_options(qvdit_tensorrt PRIVATE -Wall -Wextra -Werror -fno-exceptions)
+target_compile_options(qvdit_tensorrt PRIVATE -Wall -Wextra -fno-exceptions)
 target_link_options(qvdit_tensorrt PRIVATE -Wl,--version-script=${here}/exports.map)
 set_target_properties(qvdit_tensorrt PROPERTIES LINKER_LANGUAGE CUDA LINK_DEPENDS ${here}/exports.map)
 if(QVDIT_TENSORRT_LIB)

@@ -1,8 +1,9 @@
 """The TensorRT plugin, compiled against every version's headers that are found, and driven as TensorRT drives it.
 
-Headers (never committed; github.com/NVIDIA/TensorRT, tags v8.6.0, v10.3.0, v10.13.0, v11.1): the ``include`` folders in
-QVDIT_TENSORRT_INCLUDES, a path list, or build/tensorrt/*/include. A TensorRT that runs here, to register the plugin with:
-QVDIT_TENSORRT_LEAN, or build/tensorrt/lean (pip install --no-deps --target build/tensorrt/lean tensorrt_lean_cu13_libs).
+Headers (never committed; github.com/NVIDIA/TensorRT, tags v8.6.0, v10.3.0, v10.13.0, v11.1): the ``include`` folders
+in QVDIT_TENSORRT_INCLUDES, a path list, or build/tensorrt/*/include. A TensorRT that runs here, to register the plugin
+with: QVDIT_TENSORRT_LEAN, libnvinfer_lean.so.11, or build/tensorrt/lean, made by
+``pip install --no-deps --target build/tensorrt/lean tensorrt_lean_cu13_libs``.
 """
 
 from __future__ import annotations

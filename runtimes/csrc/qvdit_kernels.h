@@ -80,7 +80,7 @@ struct qvdit_quantize_args {
 
   int8_t* x_q;         // [M, K_pad]. Symmetric: x_q; asymmetric: x_q - 128. Columns K … K_pad are 0
   float* scale;        // [M]
-  int32_t* zero;       // [M]: the zero point of what is stored, z_x - 128. Null if symmetric
+  int32_t* zero;       // [M]: the zero point of what is stored, z_x - 128; symmetric: null, or it is filled with 0
   float* u;            // [R, M], or null where rank is 0
   int32_t* row_sum;    // [M]: Σ_k (x_q - zero), exact; or null
   float* transformed;  // [M, K]: x̃, for tests; or null

@@ -1,0 +1,331 @@
+#include "low_bit_core.h"
+
+#include <cstdio>
+
+#include "../unpack.h"
+
+namespace qvdit::trt {
+namespace {
+
+bool is_float(int32_t type) { return type == QVDIT_F32 || type == QVDIT_F16 || type == QVDIT_BF16; }
+
+const char* type_name(int32_t type) {
+  switch (type) {
+    case QVDIT_F32:
+      return "float32";
+    case QVDIT_F16:
+      return "float16";
+    case QVDIT_BF16:
+      return "bfloat16";
+    case QVDIT_S32:
+      return "int32";
+    default:
+      return "another type";
+  }
+}
+
+// A shape as "[2, ?, 64]".
+struct ShapeText {
+  char text[160];
+};
+
+ShapeText shape_text(const int64_t* dims, int32_t rank) {
+  ShapeText shape;
+  int used = std::snprintf(shape.text, sizeof(shape.text), "[");
+  for (int i = 0; i < rank && i < kMaxDims; ++i) {
+    const char* comma = i ? ", " : "";
+    const size_t room = sizeof(shape.text) - used;
+    used += dims[i] < 0 ? std::snprintf(shape.text + used, room, "%s?", comma)
+                        : std::snprintf(shape.text + used, room, "%s%lld", comma, static_cast<long long>(dims[i]));
+  }
+  std::snprintf(shape.text + used, sizeof(shape.text) - used, "]");
+  return shape;
+}
+
+bool fits(int64_t extent, int64_t expected) { return extent == kUnknown || extent == expected; }
+
+bool check_type(const InputPort& port, int32_t type, Refusal& refusal) {
+  if (port.input == kX) {
+    return is_float(type) ||
+           refuse(refusal, "got x of %s, expected float16, bfloat16 or float32: cast it", type_name(type));
+  }
+  return type == port.type || refuse(refusal, "got %s of %s, expected %s: export the model again", port.name,
+                                     type_name(type), type_name(port.type));
+}
+
+bool check_x(const Attributes& attributes, const Tensor& x, Refusal& refusal) {
+  if (x.rank < 2 || x.rank > kMaxDims || !fits(x.dims[x.rank - 1], attributes.in_features)) {
+    return refuse(refusal, "got x of %s, expected [..., L, %d]: give it the layer's input",
+                  shape_text(x.dims, x.rank).text, attributes.in_features);
+  }
+  return true;
+}
+
+bool check_constant(const InputPort& port, const Tensor& tensor, Refusal& refusal) {
+  bool same = tensor.rank == port.rank;
+  for (int i = 0; same && i < port.rank; ++i) same = fits(tensor.dims[i], port.dims[i]);
+  if (same) return true;
+  return refuse(refusal, "got %s of %s, expected %s: export the model again", port.name,
+                shape_text(tensor.dims, tensor.rank).text, shape_text(port.dims, port.rank).text);
+}
+
+// 8-bit weights take no zero points: a difference of two 8-bit integers needs 9 bits.
+bool zeros_apart(const Attributes& attributes) { return attributes.has_zero && attributes.weight_bits == 8; }
+
+// Where everything is: pointers by role, null where absent.
+struct Memory {
+  const void* input[kInputs] = {};
+  void* output[kOutputs] = {};
+  void* piece[kPieces] = {};
+
+  const float* floats(Input role) const { return static_cast<const float*>(input[role]); }
+};
+
+Memory memory_of(const Attributes& attributes, int64_t rows, const void* const* inputs, void* const* outputs,
+                 void* workspace) {
+  Memory memory;
+  const InputPorts ports = input_ports(attributes);
+  for (int i = 0; i < ports.count; ++i) memory.input[ports.port[i].input] = inputs[i];
+  for (int i = 0; i < output_count(attributes); ++i) memory.output[i] = outputs[i];
+  const Workspace layout = workspace_of(attributes, rows);
+  const uintptr_t base = (reinterpret_cast<uintptr_t>(workspace) + kAlignment - 1) / kAlignment * kAlignment;
+  for (int i = 0; i < kPieces; ++i) {
+    if (layout.offset[i] >= 0) memory.piece[i] = reinterpret_cast<void*>(base + layout.offset[i]);
+  }
+  if (attributes.test_outputs) {
+    memory.piece[kPieceXq] = memory.output[kXq];
+    memory.piece[kPieceScale] = memory.output[kScale];
+    memory.piece[kPieceZero] = memory.output[kZero];
+  }
+  return memory;
+}
+
+qvdit_unpack_args unpack_args(const Attributes& attributes, const Memory& memory) {
+  qvdit_unpack_args args = {};
+  args.words = static_cast<const uint32_t*>(memory.input[kWords]);
+  args.n = attributes.out_features;
+  args.k = attributes.in_features;
+  args.bits = attributes.weight_bits;
+  args.zero = static_cast<const int8_t*>(memory.input[kWeightZero]);
+  args.weight = static_cast<int8_t*>(memory.piece[kPieceWeight]);
+  args.weight_sum = static_cast<int32_t*>(memory.piece[kPieceWeightSum]);
+  return args;
+}
+
+qvdit_quantize_args quantize_args(const Attributes& attributes, const Memory& memory, int32_t x_type, int64_t rows,
+                                  int64_t tokens) {
+  qvdit_quantize_args args = {};
+  args.x = memory.input[kX];
+  args.m = rows;
+  args.k = attributes.in_features;
+  args.x_dtype = x_type;
+  args.prologue = QVDIT_PLAIN;
+  args.act_bits = attributes.act_bits;
+  args.symmetric = attributes.act_symmetric;
+  args.inv_smooth = memory.floats(kInvSmooth);
+  args.frames = attributes.frames;
+  args.frame_gain = memory.floats(kFrameGain);
+  args.tokens_per_frame = tokens;
+  args.ranks_per_gain = attributes.rank;
+  args.alpha = memory.floats(kAlpha);
+  args.rank = static_cast<int64_t>(segments(attributes)) * attributes.rank;
+  args.x_q = static_cast<int8_t*>(memory.piece[kPieceXq]);
+  args.scale = static_cast<float*>(memory.piece[kPieceScale]);
+  args.zero = static_cast<int32_t*>(memory.piece[kPieceZero]);
+  args.u = static_cast<float*>(memory.piece[kPieceU]);
+  args.row_sum = static_cast<int32_t*>(memory.piece[kPieceRowSum]);
+  return args;
+}
+
+qvdit_gemm_args gemm_args(const Attributes& attributes, const Memory& memory, int32_t y_type, int64_t rows) {
+  qvdit_gemm_args args = {};
+  args.x_q = static_cast<const int8_t*>(memory.piece[kPieceXq]);
+  args.weight = static_cast<const int8_t*>(memory.piece[kPieceWeight]);
+  args.m = rows;
+  args.n = attributes.out_features;
+  args.k_pad = padded(attributes.in_features);
+  args.scale = static_cast<const float*>(memory.piece[kPieceScale]);
+  args.weight_scale = memory.floats(kWeightScale);
+  if (!attributes.act_symmetric) {
+    args.zero = static_cast<const int32_t*>(memory.piece[kPieceZero]);
+    args.weight_sum = static_cast<const int32_t*>(memory.piece[kPieceWeightSum]);
+  }
+  if (zeros_apart(attributes)) {
+    args.weight_zero = static_cast<const int8_t*>(memory.input[kWeightZero]);
+    args.row_sum = static_cast<const int32_t*>(memory.piece[kPieceRowSum]);
+  }
+  args.u = static_cast<const float*>(memory.piece[kPieceU]);
+  args.beta = memory.floats(kBeta);
+  args.rank = attributes.rank;
+  args.segment = attributes.segment;
+  args.bias = memory.floats(kBias);
+  args.y = memory.output[kY];
+  args.y_dtype = y_type;
+  args.tile = QVDIT_TILE_AUTO;
+  return args;
+}
+
+// A kernel library's status as a refusal.
+bool succeeded(int32_t status, Refusal& refusal) {
+  switch (status) {
+    case QVDIT_OK:
+      return true;
+    case QVDIT_NO_KERNEL:
+      return refuse(refusal,
+                    "got no kernel (%s), expected one for this GPU: build the plugin with its QVDIT_ARCHITECTURES",
+                    qvdit_last_error());
+    case QVDIT_INVALID:
+      return refuse(
+          refusal, "got arguments that no kernel takes (%s), expected those of qvdit_kernels.h: export the model again",
+          qvdit_last_error());
+    default:
+      return refuse(refusal, "got a CUDA error (%s), expected a working device: see that nvidia-smi lists one",
+                    qvdit_last_error());
+  }
+}
+
+}  // namespace
+
+InputPorts input_ports(const Attributes& attributes) noexcept {
+  const int64_t k = attributes.in_features, n = attributes.out_features, r = attributes.rank, s = segments(attributes);
+  InputPorts ports = {};
+  const auto add = [&ports](bool present, const InputPort& port) {
+    if (present) ports.port[ports.count++] = port;
+  };
+  add(true, {kX, "x", kOtherType, 2, {kUnknown, kUnknown}});
+  add(true, {kWords, "words", QVDIT_S32, 2, {n, attributes.weight_bits * padded(k) / 32}});
+  add(true, {kWeightScale, "weight_scale", QVDIT_F32, 1, {n, 0}});
+  add(attributes.has_zero, {kWeightZero, "weight_zero", QVDIT_S32, 1, {(n + 3) / 4, 0}});
+  add(attributes.has_bias, {kBias, "bias", QVDIT_F32, 1, {n, 0}});
+  add(attributes.has_smooth, {kInvSmooth, "inv_smooth", QVDIT_F32, 1, {k, 0}});
+  add(r > 0, {kAlpha, "alpha", QVDIT_F32, 2, {s * r, k}});
+  add(r > 0, {kBeta, "beta", QVDIT_F32, 2, {r, n}});
+  add(attributes.frames > 0, {kFrameGain, "frame_gain", QVDIT_F32, 2, {s, attributes.frames}});
+  return ports;
+}
+
+int output_count(const Attributes& attributes) noexcept { return attributes.test_outputs ? kOutputs : 1; }
+
+OutputPort output_port(const Attributes& attributes, int output) noexcept {
+  switch (output) {
+    case kXq:
+      return {QVDIT_S32, padded(attributes.in_features) / 4};
+    case kScale:
+      return {QVDIT_F32, 0};
+    case kZero:
+      return {QVDIT_S32, 0};
+    case kAcc:
+      return {QVDIT_S32, attributes.out_features};
+    default:
+      return {kOtherType, attributes.out_features};
+  }
+}
+
+bool check_types(const Attributes& attributes, const int32_t* types, int count, Refusal& refusal) noexcept {
+  const InputPorts ports = input_ports(attributes);
+  for (int i = 0; i < count && i < ports.count; ++i) {
+    if (!check_type(ports.port[i], types[i], refusal)) return false;
+  }
+  return true;
+}
+
+bool check_inputs(const Attributes& attributes, const Tensor* inputs, int count, Refusal& refusal) noexcept {
+  const InputPorts ports = input_ports(attributes);
+  if (count != ports.count) {
+    return refuse(refusal, "got %d inputs, expected the %d that its attributes name: export the model again", count,
+                  ports.count);
+  }
+  for (int i = 0; i < count; ++i) {
+    const InputPort& port = ports.port[i];
+    if (!check_type(port, inputs[i].type, refusal)) return false;
+    if (!(i == kX ? check_x(attributes, inputs[i], refusal) : check_constant(port, inputs[i], refusal))) return false;
+  }
+  return true;
+}
+
+int64_t row_count(const Tensor& x) noexcept {
+  bool fits_64 = true, empty = false;
+  int64_t rows = 1;
+  for (int i = 0; i + 1 < x.rank; ++i) {
+    empty = empty || x.dims[i] <= 0;
+    fits_64 = fits_64 && !__builtin_mul_overflow(rows, x.dims[i], &rows);
+  }
+  return empty ? 0 : fits_64 ? rows : INT64_MAX;
+}
+
+bool tokens_per_frame(const Attributes& attributes, int64_t length, int64_t& tokens, Refusal& refusal) noexcept {
+  tokens = 1;
+  if (attributes.frames == 0 || length == 0) return true;
+  if (attributes.rows == kRowsSpatial) tokens = length;
+  if (attributes.rows != kRowsSequence) return true;
+  if (length % attributes.frames) {
+    return refuse(
+        refusal,
+        "got a sequence of %lld tokens, expected %d frames of one size: give it a video of that many frames, or "
+        "export for another number",
+        static_cast<long long>(length), attributes.frames);
+  }
+  tokens = length / attributes.frames;
+  return true;
+}
+
+bool check_shapes(const Attributes& attributes, const Tensor* inputs, int count, Refusal& refusal) noexcept {
+  if (!check_inputs(attributes, inputs, count, refusal)) return false;
+  const Tensor& x = inputs[kX];
+  const int64_t rows = row_count(x);
+  if (rows >= INT32_MAX) {
+    return refuse(refusal, "got x of %s, expected less than %d rows: lower the batch", shape_text(x.dims, x.rank).text,
+                  INT32_MAX);
+  }
+  int64_t tokens;
+  return tokens_per_frame(attributes, x.dims[x.rank - 2], tokens, refusal);
+}
+
+Workspace workspace_of(const Attributes& attributes, int64_t rows) noexcept {
+  if (rows > INT32_MAX) rows = INT32_MAX;  // more are refused
+  const int64_t n = attributes.out_features, k_pad = padded(attributes.in_features);
+  const int64_t ranks = static_cast<int64_t>(segments(attributes)) * attributes.rank;
+  const bool own = !attributes.test_outputs, asymmetric = !attributes.act_symmetric;
+  int64_t bytes[kPieces];
+  bytes[kPieceWeight] = n * k_pad;
+  bytes[kPieceWeightSum] = asymmetric ? 4 * n : 0;
+  bytes[kPieceXq] = own ? rows * k_pad : 0;
+  bytes[kPieceScale] = own ? 4 * rows : 0;
+  bytes[kPieceZero] = own && asymmetric ? 4 * rows : 0;
+  bytes[kPieceU] = 4 * ranks * rows;
+  bytes[kPieceRowSum] = zeros_apart(attributes) ? 4 * rows : 0;
+  Workspace layout;
+  int64_t end = 0;
+  for (int i = 0; i < kPieces; ++i) {
+    layout.offset[i] = bytes[i] ? end : -1;
+    end += (bytes[i] + kAlignment - 1) / kAlignment * kAlignment;
+  }
+  layout.bytes = end + kAlignment;
+  return layout;
+}
+
+bool check_device(Refusal& refusal) noexcept { return succeeded(qvdit_check_device(), refusal); }
+
+bool run(const Attributes& attributes, const Tensor* descriptions, const void* const* inputs, void* const* outputs,
+         void* workspace, void* stream, Refusal& refusal) noexcept {
+  if (!check_shapes(attributes, descriptions, input_ports(attributes).count, refusal)) return false;
+  const Tensor& x = descriptions[kX];
+  const int64_t rows = row_count(x);
+  if (rows == 0) return true;
+  int64_t tokens;
+  if (!tokens_per_frame(attributes, x.dims[x.rank - 2], tokens, refusal)) return false;
+  const Memory memory = memory_of(attributes, rows, inputs, outputs, workspace);
+
+  const qvdit_unpack_args unpack = unpack_args(attributes, memory);
+  if (!succeeded(qvdit_unpack_weight(&unpack, stream), refusal)) return false;
+  const qvdit_quantize_args quantize = quantize_args(attributes, memory, x.type, rows, tokens);
+  if (!succeeded(qvdit_quantize_rows(&quantize, stream), refusal)) return false;
+  qvdit_gemm_args gemm = gemm_args(attributes, memory, x.type, rows);
+  if (!succeeded(qvdit_low_bit_gemm(&gemm, stream), refusal)) return false;
+  if (!attributes.test_outputs) return true;
+  gemm.y = memory.output[kAcc];
+  gemm.y_dtype = QVDIT_S32;
+  return succeeded(qvdit_low_bit_gemm(&gemm, stream), refusal);
+}
+
+}  // namespace qvdit::trt

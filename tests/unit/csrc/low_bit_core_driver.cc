@@ -1,0 +1,92 @@
+// The plugin's core for ctypes. Attributes are an array of int32 in kFields' order, messages char [512].
+#include <cstring>
+
+#include "../../../runtimes/csrc/tensorrt/low_bit_core.h"
+
+using namespace qvdit::trt;
+
+namespace {
+
+struct Named {
+  const char* const* names;
+  const int32_t* values;
+  int count;
+};
+
+const int32_t* find(const void* source, const char* name) {
+  const Named& named = *static_cast<const Named*>(source);
+  for (int i = 0; i < named.count; ++i) {
+    if (std::strcmp(named.names[i], name) == 0) return &named.values[i];
+  }
+  return nullptr;
+}
+
+int32_t told(bool succeeded, const Refusal& refusal, char* text) {
+  std::memcpy(text, refusal.text, sizeof(refusal.text));
+  return succeeded;
+}
+
+}  // namespace
+
+extern "C" {
+
+QVDIT_API int32_t core_field_count() { return kFieldCount; }
+QVDIT_API const char* core_field_name(int32_t i) { return kFields[i].name; }
+QVDIT_API int32_t core_blob_bytes() { return sizeof(Blob); }
+
+QVDIT_API int32_t core_read(const char* const* names, const int32_t* values, int32_t count, Attributes* attributes,
+                            char* text) {
+  const Named named{names, values, count};
+  Refusal refusal;
+  return told(read_attributes(find, &named, *attributes, refusal), refusal, text);
+}
+
+QVDIT_API void core_serialize(const Attributes* attributes, void* blob) {
+  const Blob made = serialize(*attributes);
+  std::memcpy(blob, &made, sizeof(made));
+}
+
+QVDIT_API int32_t core_deserialize(const void* blob, int64_t bytes, Attributes* attributes, char* text) {
+  Refusal refusal;
+  return told(deserialize(blob, static_cast<size_t>(bytes), *attributes, refusal), refusal, text);
+}
+
+QVDIT_API int32_t core_inputs(const Attributes* attributes, InputPort* ports) {
+  const InputPorts found = input_ports(*attributes);
+  std::memcpy(ports, found.port, sizeof(found.port));
+  return found.count;
+}
+
+QVDIT_API int32_t core_outputs(const Attributes* attributes, OutputPort* ports) {
+  for (int i = 0; i < output_count(*attributes); ++i) ports[i] = output_port(*attributes, i);
+  return output_count(*attributes);
+}
+
+QVDIT_API void core_workspace(const Attributes* attributes, int64_t rows, Workspace* workspace) {
+  *workspace = workspace_of(*attributes, rows);
+}
+
+QVDIT_API int32_t core_tokens(const Attributes* attributes, int64_t length, int64_t* tokens, char* text) {
+  Refusal refusal;
+  return told(tokens_per_frame(*attributes, length, *tokens, refusal), refusal, text);
+}
+
+QVDIT_API int32_t core_check(const Attributes* attributes, const Tensor* inputs, int32_t count, int32_t known,
+                             char* text) {
+  Refusal refusal;
+  const auto check = known ? check_shapes : check_inputs;
+  return told(check(*attributes, inputs, count, refusal), refusal, text);
+}
+
+QVDIT_API int32_t core_device(char* text) {
+  Refusal refusal;
+  return told(check_device(refusal), refusal, text);
+}
+
+QVDIT_API int32_t core_run(const Attributes* attributes, const Tensor* descriptions, const void* const* inputs,
+                           void* const* outputs, void* workspace, void* stream, char* text) {
+  Refusal refusal;
+  return told(run(*attributes, descriptions, inputs, outputs, workspace, stream, refusal), refusal, text);
+}
+
+}  // extern "C"

@@ -1,0 +1,324 @@
+"""The TensorRT plugin, compiled against every version's headers that are found, and driven as TensorRT drives it.
+
+Headers (never committed; github.com/NVIDIA/TensorRT, tags v8.6.0, v10.3.0, v10.13.0, v11.1): the ``include`` folders
+in QVDIT_TENSORRT_INCLUDES, a path list, or build/tensorrt/*/include. A TensorRT that runs here, to register the plugin
+with: QVDIT_TENSORRT_LEAN, libnvinfer_lean.so.11, or build/tensorrt/lean, made by
+``pip install --no-deps --target build/tensorrt/lean tensorrt_lean_cu13_libs``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_tensorrt_core import BF16, F16, F32, FULL, HERE, LAYER, OTHER, PLUGIN, S32, Tensor, addresses, tensor
+
+from qvdit.contract.packing import packed_words
+from qvdit.runtimes import cuda
+
+FLAGS = ("-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-Wl,-Bsymbolic")
+BUILD = Path(__file__).parents[2] / "build" / "tensorrt"
+MISSING = "NO TENSORRT HEADERS OF THIS VERSION HERE: THE PLUGIN IS NOT COMPILED FOR IT"
+VERSIONS = ("8.6", "10.3", "10.13", "11.1")
+LINEAR, CHW4 = 0, 3  # nvinfer1::TensorFormat
+TYPES = {F32: 0, F16: 1, S32: 3, BF16: 7}  # nvinfer1::DataType
+
+
+def header_version(include: Path) -> str:
+    """As "8.6"; empty where there are no headers."""
+    file = include / "NvInferVersion.h"
+    text = file.read_text(errors="replace") if file.is_file() else ""
+    found = [
+        re.search(rf"#define (?:NV_TENSORRT|TRT)_{part}(?:_ENTERPRISE)? (\d+)", text) for part in ("MAJOR", "MINOR")
+    ]
+    return ".".join(match[1] for match in found if match)
+
+
+def includes() -> dict[str, Path]:
+    named = [Path(p) for p in os.environ.get("QVDIT_TENSORRT_INCLUDES", "").split(os.pathsep) if p]
+    return {header_version(p): p for p in named or sorted(BUILD.glob("*/include"))}
+
+
+def cuda_include() -> Path | None:
+    compiler = shutil.which("nvcc")
+    places = [Path(compiler).resolve().parents[1] / "include"] if compiler else []
+    places += [Path("/usr/local/cuda/include"), *Path("/usr/local").glob("cuda-*/include")]
+    return next((p for p in places if (p / "cuda_runtime_api.h").is_file()), None)
+
+
+def compile_plugin(library: Path, version: str, *options: str) -> None:
+    """The plugin on stub kernels, with the driver beside it."""
+    include, toolkit, compiler = includes().get(version), cuda_include(), shutil.which("g++") or shutil.which("c++")
+    if include is None:
+        pytest.skip(f"{MISSING} ({version})")
+    if toolkit is None or compiler is None:
+        pytest.skip("NO CUDA HEADERS OR NO C++ COMPILER HERE: THE TENSORRT PLUGIN IS NOT COMPILED")
+    library.parent.mkdir()
+    sources = [HERE / "plugin_driver.cc", HERE / "fake_kernels.cc", *sorted(PLUGIN.glob("*.cc"))]
+    system = ["-isystem", str(include), "-isystem", str(toolkit)]
+    command = [compiler, *FLAGS, *options, *system, *map(str, sources), "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+class Driver:
+    """The plugin's creator of one TensorRT, and its kernels' records."""
+
+    def __init__(self, library: ctypes.CDLL):
+        self.library = library
+        for name in ("plugin_create", "plugin_restore", "plugin_clone", "fake_args"):
+            getattr(library, name).restype = ctypes.c_void_p
+        for name in ("plugin_message", "fake_name"):
+            getattr(library, name).restype = ctypes.c_char_p
+        library.plugin_workspace.restype = ctypes.c_int64
+        library.fake_reset(b"", 0)
+        self.major = library.plugin_tensorrt()
+
+    @property
+    def message(self) -> str:
+        """The last one logged."""
+        return self.library.plugin_message().decode()
+
+    def create(self, layer: dict[str, int], name: bytes = b"blocks.0.attn.q") -> Plugin | None:
+        names = (ctypes.c_char_p * len(layer))(*(n.encode() for n in layer))
+        values = (ctypes.c_int32 * len(layer))(*layer.values())
+        made = self.library.plugin_create(name, names, values, len(layer))
+        return Plugin(self, made) if made else None
+
+    def plugin(self, **changes: int) -> Plugin:
+        made = self.create(LAYER | changes)
+        assert made is not None, self.message
+        return made
+
+
+class Plugin:
+    """One plugin object."""
+
+    def __init__(self, driver: Driver, address: int):
+        self.driver, self.address = driver, ctypes.c_void_p(address)
+
+    def call(self, function: str, *arguments: Any) -> Any:
+        return getattr(self.driver.library, function)(self.address, *arguments)
+
+    def restored(self, bit: int = -1) -> Plugin | None:
+        """What an engine makes of it; one bit of it damaged."""
+        made = self.call("plugin_restore", b"blocks.0.attn.q", bit)
+        return Plugin(self.driver, made) if made else None
+
+    def types(self, tensors: Any) -> list[int] | None:
+        found = (ctypes.c_int32 * 5)()
+        done = self.call("plugin_types", tensors, len(tensors), found)
+        return found[: self.call("plugin_outputs")] if done else None
+
+    def shapes(self, tensors: Any) -> list[tuple[int, ...]] | None:
+        found = (Tensor * 5)()
+        done = self.call("plugin_shapes", tensors, len(tensors), found)
+        return [tuple(t.dims[: t.rank]) for t in found[: self.call("plugin_outputs")]] if done else None
+
+    def takes(self, position: int, tensors: Any, outputs: int = 1, form: int = LINEAR) -> bool:
+        return bool(self.call("plugin_takes", position, tensors, len(tensors) - outputs, outputs, form))
+
+    def configured(self, tensors: Any) -> bool:
+        return bool(self.call("plugin_configure", tensors, len(tensors)))
+
+    def workspace(self, tensors: Any, most: int) -> int:
+        return int(self.call("plugin_workspace", tensors, len(tensors), ctypes.c_int64(most)))
+
+    def enqueued(self, tensors: Any) -> bool:
+        inputs, outputs = addresses(len(tensors), 0x10000000), addresses(5, 0x20000000)
+        workspace, stream = ctypes.c_void_p(0x30000000), ctypes.c_void_p(0x77)
+        return bool(self.call("plugin_enqueue", tensors, len(tensors), inputs, outputs, workspace, stream))
+
+
+def node(x: Tensor, bits: int = 4) -> Any:
+    """The inputs of a plain node."""
+    return (Tensor * 3)(x, tensor(S32, 256, packed_words(100, bits)), tensor(F32, 256))
+
+
+def full_node(x: Tensor) -> Any:
+    others = [(S32, 64), (F32, 256), (F32, 100), (F32, 6, 100), (F32, 3, 256), (F32, 2, 4)]
+    return (Tensor * 9)(*node(x, bits=8), *(tensor(*shape) for shape in others))
+
+
+@pytest.fixture(scope="module", params=VERSIONS)
+def driver(request: Any, shared: Callable[..., Path]) -> Driver:
+    version = request.param
+    if version not in includes():
+        pytest.skip(f"{MISSING} ({version})")
+    name = f"tensorrt-{version}"
+    folder = shared(name, lambda folder: compile_plugin(folder / "lib.so", version, "-DFAKE_TENSORRT"))
+    return Driver(ctypes.CDLL(str(folder / "lib.so")))
+
+
+def test_names_and_numbers_of_outputs(driver):
+    assert driver.major in (8, 10, 11)
+    assert driver.plugin().call("plugin_outputs") == 1
+    assert driver.plugin(test_outputs=1).call("plugin_outputs") == 5
+
+
+def test_a_refused_layer_is_named(driver):
+    assert driver.create(LAYER | {"weight_bits": 5}) is None
+    assert driver.message == (
+        'LowBitLinear "blocks.0.attn.q": got weight_bits 5, expected 2, 3, 4, 6 or 8: quantize it to one of these'
+    )
+    assert driver.create({n: v for n, v in LAYER.items() if n != "segment"}, b"x" * 2000) is None
+    assert "got no integer attribute segment" in driver.message
+
+
+def test_outputs_have_types_and_shapes(driver):
+    plain, tested = driver.plugin(), driver.plugin(test_outputs=1)
+    assert plain.types(node(tensor(F16, -1, -1, 100))) == [TYPES[F16]]
+    assert plain.shapes(node(tensor(F16, -1, -1, 100))) == [(-1, -1, 256)]
+    assert tested.types(node(tensor(F32, 2, -1, 100))) == [TYPES[t] for t in (F32, S32, F32, S32, S32)]
+    assert tested.shapes(node(tensor(F32, 2, -1, 100))) == [(2, -1, 256), (2, -1, 32), (2, -1), (2, -1), (2, -1, 256)]
+
+
+def test_formats(driver):
+    plugin = driver.plugin()
+    for dtype in (F32, F16, BF16):
+        tensors = (Tensor * 4)(*node(tensor(dtype, 2, 8, 100)), tensor(dtype, 2, 8, 256))
+        served = dtype != BF16 or driver.major >= 10
+        assert plugin.takes(0, tensors) == served
+        assert plugin.takes(3, tensors) == served or driver.major < 10
+        assert not plugin.takes(0, tensors, form=CHW4)
+        assert plugin.takes(1, tensors)
+        assert plugin.takes(2, tensors)
+    tensors[1].type, tensors[2].type, tensors[3].type = F32, F16, F32
+    assert not any(plugin.takes(position, tensors) for position in (1, 2, 3))
+
+
+def test_an_x_of_integers_is_refused(driver):
+    plugin = driver.plugin()
+    tensors = (Tensor * 4)(*node(tensor(OTHER, 2, 8, 100)), tensor(OTHER, 2, 8, 256))
+    assert not plugin.takes(0, tensors)
+    assert plugin.types(tensors) is None or driver.major < 10
+    assert 'q": got x of another type, expected float16, bfloat16 or float32: cast it' in driver.message
+
+
+@pytest.mark.parametrize("x", [tensor(F16, -1, -1, 100), tensor(F16, 2, 8, 100)], ids=["dynamic", "static"])
+def test_a_well_formed_node_is_built(driver, x):
+    assert driver.plugin().configured(node(x))
+    assert driver.plugin(**FULL).configured(full_node(x))
+
+
+def test_wrong_shapes_end_the_build(driver):
+    plugin = driver.plugin()
+    assert not plugin.configured(node(tensor(F16, -1, -1, 64)))
+    assert driver.message.endswith("q\": got x of [?, ?, 64], expected [..., L, 100]: give it the layer's input")
+    assert not plugin.configured(node(tensor(F16, -1, -1, 100), bits=8))
+    assert "got words of [256, 32], expected [256, 16]: export the model again" in driver.message
+    refused = driver.plugin()
+    assert refused.shapes(node(tensor(F16, -1, 64))) is None or driver.major < 10
+    assert "got x of [?, 64]" in driver.message
+    if driver.major < 10:  # shapes cannot fail there: no format will be found
+        assert not refused.takes(0, node(tensor(F16, 8, 100)), outputs=0)
+        assert not Plugin(driver, refused.call("plugin_clone")).takes(0, node(tensor(F16, 8, 100)), outputs=0)
+
+
+def test_a_sequence_that_does_not_hold_its_frames(driver):
+    plugin = driver.plugin(**FULL)
+    assert not plugin.configured(full_node(tensor(F16, 2, 9, 100)))
+    assert "got a sequence of 9 tokens, expected 4 frames of one size" in driver.message
+    assert plugin.configured(full_node(tensor(F16, 2, 8, 100)))
+    assert not plugin.enqueued(full_node(tensor(F16, 2, 9, 100)))
+
+
+def test_a_gpu_without_kernels_ends_the_build(driver):
+    plugin = driver.plugin()
+    driver.library.fake_reset(b"", int(cuda.Status.NO_KERNEL))
+    assert not plugin.configured(node(tensor(F16, -1, -1, 100)))
+    assert "q\": got no kernel (the kernel's own words), expected one for this GPU: build the plugin" in driver.message
+    driver.library.fake_reset(b"", 0)
+    assert plugin.configured(node(tensor(F16, -1, -1, 100)))
+
+
+def test_an_engine_keeps_its_plugins(driver):
+    original = driver.plugin(**FULL | {"test_outputs": 1})
+    again = original.restored()
+    assert again is not None
+    assert again.call("plugin_outputs") == 5
+    for bit in range(0, 68 * 8, 7):
+        assert original.restored(bit) is None
+        assert driver.message.startswith('LowBitLinear "blocks.0.attn.q": got ')
+    for plugin in (original, again):
+        plugin.call("plugin_destroy")
+
+
+def test_the_workspace_is_that_of_the_largest_shape(driver):
+    plugin, static = driver.plugin(), 256 * 128
+    small, large = (plugin.workspace(node(tensor(F16, -1, 8, 100)), most) for most in (1, 64))
+    assert static + 8 * 132 < small < large
+    assert large - small >= 63 * 8 * 132 - 512
+    assert plugin.workspace(node(tensor(F16, 64, 8, 100)), 1) == large
+
+
+@pytest.mark.parametrize("restored", [False, True], ids=["built", "from an engine"])
+def test_enqueue_launches_the_kernels(driver, restored):
+    plugin = driver.plugin(**FULL)
+    plugin = plugin.restored() if restored else plugin
+    driver.library.fake_reset(b"", 0)
+    assert plugin.enqueued(full_node(tensor(F16, 2, 8, 100)))
+    assert_launched(driver)
+    driver.library.fake_reset(b"gemm", 0)
+    assert not plugin.enqueued(full_node(tensor(F16, 2, 8, 100)))
+    assert "q\": got arguments that no kernel takes (the kernel's own words)" in driver.message
+
+
+def assert_launched(driver: Driver) -> None:
+    library = driver.library
+    assert [library.fake_name(i) for i in range(library.fake_count())] == [b"unpack", b"quantize", b"gemm"]
+    gemm = cuda.GemmArgs.from_address(library.fake_args(2))
+    assert (gemm.m, gemm.n, gemm.rank, gemm.segment, gemm.y, gemm.y_dtype) == (16, 256, 3, 128, 0x20000000, F16)
+    assert (gemm.weight_scale, gemm.beta) == (0x10020000, 0x10070000)
+
+
+# Under a TensorRT that runs here
+
+
+def lean_runtime() -> Path | None:
+    named = os.environ.get("QVDIT_TENSORRT_LEAN")
+    return Path(named) if named else next(iter(sorted(BUILD.glob("*/*/libnvinfer_lean.so.*"))), None)
+
+
+def test_the_plugin_registers_with_a_real_runtime(tmp_path):
+    """Its library, loaded, puts it into the registry; it is created, kept, restored and run from there."""
+    lean = lean_runtime()
+    if lean is None or not lean.is_file():
+        pytest.skip("NO LEAN TENSORRT 11 HERE: THE PLUGIN IS REGISTERED WITH NO REAL REGISTRY")
+    compile_plugin(tmp_path / "plugin" / "lib.so", "11.1")
+    script = f"""
+import ctypes, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import test_tensorrt_plugin as tests
+try:
+    ctypes.CDLL({str(lean)!r}, mode=ctypes.RTLD_GLOBAL)
+except OSError as error:
+    sys.exit(f"skip: {{error}}")
+driver = tests.Driver(ctypes.CDLL({str(tmp_path / "plugin" / "lib.so")!r}))
+assert driver.library.plugin_has_creator()
+assert driver.library.qvdit_register_plugins() == 1
+assert driver.create(tests.LAYER | {{"act_bits": 4}}) is None
+plugin = driver.plugin(**tests.FULL)
+tensors = tests.full_node(tests.tensor(tests.F16, 2, 8, 100))
+assert plugin.types(tensors) == [1] and plugin.configured(tensors)
+assert plugin.restored(40) is None
+assert plugin.restored().enqueued(tensors)
+tests.assert_launched(driver)
+print("registered")
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.stderr.startswith("skip:"):
+        pytest.skip(f"THE LEAN TENSORRT DOES NOT LOAD HERE: {done.stderr[6:]}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "registered\n"
+    assert 'LowBitLinear "blocks.0.attn.q": got act_bits 4' in done.stderr

@@ -17,6 +17,7 @@ of float32 additions in one fixed order, so that every runtime computes the same
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ import torch
 from qvdit.contract import FrameRows
 
 EPS_SCALE = 1e-8  # smallest activation scale: a zero row quantizes to zeros
+_RADIX = 8  # of the transform: three levels of its butterfly in one pass over memory
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,23 @@ def walsh_hadamard(x: torch.Tensor, block: int) -> torch.Tensor:
     """
     shape, half = x.shape, 1
     while half < block:
-        a, b = x.reshape(*shape[:-1], -1, 2, half).unbind(-2)
-        x = torch.stack((a + b, a - b), -2)
-        half *= 2
-    return x.reshape(shape)
+        parts = min(_RADIX, block // half)
+        rows = x.reshape(*shape[:-1], -1, parts, half).unbind(-2)
+        x = torch.stack(_butterfly(rows), -2).reshape(shape)
+        half *= parts
+    return x
+
+
+def _butterfly(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The transform of a power of two of tensors: a + b and a - b of each pair, level by level."""
+    found, distance = list(parts), 1
+    while distance < len(found):
+        for i in range(len(found)):
+            if not i & distance:
+                a, b = found[i], found[i + distance]
+                found[i], found[i + distance] = a + b, a - b
+        distance *= 2
+    return found
 
 
 def transform(x: torch.Tensor, inv_smooth: torch.Tensor | None = None, rotation: int = 0) -> torch.Tensor:
@@ -143,9 +158,12 @@ def finish(
     acc and weight_scale: [..., N] and [N], or [C, ..., N] and [N, C].
     """
     if weight_scale.ndim == 1:
-        y = rows.scale * (acc.float() * weight_scale)
-    else:
-        y = rows.scale * torch.einsum("c...n,nc->...n", acc.float(), weight_scale)
+        scaled = acc.float() * weight_scale
+    else:  # group after group: as one product it would be N of them, each with a single column
+        scaled = acc[0].float() * weight_scale[:, 0]
+        for group in range(1, len(acc)):
+            scaled = scaled + acc[group].float() * weight_scale[:, group]
+    y = rows.scale * scaled
     if term is not None:
         y = y + term
     if bias is not None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from qvdit.contract import QvditError
 
-ABI = 2  # QVDIT_ABI
+ABI = 3  # QVDIT_ABI
 MAX_FEATURES = 16384
 MAX_RANK = 32
 STORED_ZERO = 128  # asymmetric x_q and z_x are stored less this, to fit int8
@@ -77,6 +77,7 @@ class QuantizeArgs(ctypes.Structure):
         ("act_bits", _INT),
         ("symmetric", _INT),
         ("inv_smooth", _POINTER),
+        ("rotation", _SIZE),
         ("modulation_scale", _POINTER),
         ("modulation_shift", _POINTER),
         ("modulation_stride", _SIZE),

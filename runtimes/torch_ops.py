@@ -46,13 +46,14 @@ def quantize_rows(
     modulation_scale: torch.Tensor | None = None,
     modulation_shift: torch.Tensor | None = None,
     epsilon: float = 1e-6,
+    rotation: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Steps 1 and 2 of LowBitLinear for x [..., K], float32, float16 or bfloat16.
 
     inv_smooth: float32 [K]. alpha: float32 [R, K], transposed. frame_gain: float32 [T], for row m that of frame
     (m // tokens_per_frame) mod T; or [S, T], for S linears that read the same x, each with R / S of alpha's rows.
     prologue: plain, gelu (tanh) or layernorm (without weights, then · (1 + modulation_scale) + modulation_shift,
-    float32 [B, K], B dividing M; their rows may be apart).
+    float32 [B, K], B dividing M; their rows may be apart). rotation: features a block of the Walsh-Hadamard transform.
     Returns x_q int8 [M, K_pad], asymmetric ones less 128; scale float32 [M]; zero int32 [M], the zero point of what is
     stored, [0] if symmetric; u float32 [R, M]; row_sum int32 [M], Σ (x_q - zero), [0] unless ``row_sums``.
     """
@@ -69,6 +70,7 @@ def quantize_rows(
         prologue,
         (modulation_scale, modulation_shift),
         epsilon,
+        rotation,
     )
     return outputs
 
@@ -87,6 +89,7 @@ def _(
     modulation_scale: torch.Tensor | None = None,
     modulation_shift: torch.Tensor | None = None,
     epsilon: float = 1e-6,
+    rotation: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     return _quantized(x, symmetric, alpha, row_sums)
 
@@ -243,6 +246,7 @@ def _launch_quantize(
     prologue: str,
     modulation: tuple[torch.Tensor | None, torch.Tensor | None],
     epsilon: float,
+    rotation: int = 0,
     transformed: torch.Tensor | None = None,
 ) -> None:
     """Fill quantize_rows' results; ``transformed``, float32 [M, K], receives x̃."""
@@ -265,6 +269,7 @@ def _launch_quantize(
         act_bits=act_bits,
         symmetric=symmetric,
         inv_smooth=_pointer(inv_smooth, torch.float32, (k,)),
+        rotation=rotation,
         modulation_scale=None if modulation[0] is None else modulation[0].data_ptr(),
         modulation_shift=None if modulation[1] is None else modulation[1].data_ptr(),
         modulation_stride=stride,

@@ -30,9 +30,12 @@ def group_size(k: int, wanted: int) -> int:
     return next(g for g in range(min(wanted, k) or k, 0, -1) if k % g == 0)
 
 
+MAX_ROTATION = 1024  # input features that are rotated with each other: what one warp of a GPU can hold
+
+
 def rotation_block(k: int) -> int:
-    """B for K input features: the largest power of two that divides K; 0, none, where K is odd."""
-    block = k & -k
+    """B for K input features: the largest power of two that divides K, to 1024; 0, none, where K is odd."""
+    block = min(k & -k, MAX_ROTATION)
     return block if block > 1 else 0
 
 

@@ -21,6 +21,11 @@ int32_t check(const qvdit_quantize_args& args) {
                 "a frame gain of %d frames with %lld tokens a frame", args.frames, tokens);
   QVDIT_REQUIRE(!args.frame_gain || rank == 0 || (ranks > 0 && rank % ranks == 0), "%lld ranks of %lld share a frame gain", ranks,
                 rank);
+  const long long rotation = args.rotation;
+  QVDIT_REQUIRE(rotation == 0 || (rotation > 0 && rotation <= qvdit::kMaxRotation && (rotation & (rotation - 1)) == 0 &&
+                                  k % rotation == 0),
+                "a rotation of blocks of %lld; a power of two to %d that divides K = %lld", rotation,
+                qvdit::kMaxRotation, k);
   QVDIT_REQUIRE(aligned(args.x_q), "x_q is not on a multiple of 16 bytes");
   const bool modulated = args.modulation_scale || args.modulation_shift;
   QVDIT_REQUIRE(!modulated || args.prologue == QVDIT_LAYERNORM, "a modulation without a LayerNorm");

@@ -21,6 +21,8 @@ namespace qvdit {
 constexpr int kVector = 8;     // elements a thread takes at once: 16 bytes of fp16
 constexpr int kMaxWarps = 16;  // a row
 constexpr int kMaxRank = 32;
+constexpr int kRotatedVectors = 4;  // a thread's, where inputs are rotated
+constexpr int kMaxRotation = 32 * kRotatedVectors * kVector;  // features that one warp holds
 constexpr float kSmallestScale = 1e-8f;  // EPS_SCALE of qvdit/method/operator.py
 constexpr int64_t kMaxFeatures = 16384;
 
@@ -31,6 +33,12 @@ struct QuantizeParams {
   float levels;     // what the range is divided by: 127 or 31; asymmetric 255 or 63
   bool vectorized;  // every array may be read 16 bytes at a time, and K is a multiple of 8
 };
+
+// (a, b) → (a + b, a - b)
+__device__ __forceinline__ void add_and_subtract(float& a, float& b) {
+  const float sum = __fadd_rn(a, b);
+  b = __fsub_rn(a, b), a = sum;
+}
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
@@ -91,7 +99,8 @@ struct RowThreads {
   }
 };
 
-// A row's elements as thread t of the row's threads holds them: vector v is at k(v) … k(v) + 7, 0 from K on.
+// A row's elements as a thread holds them: vector v is at k(v) … k(v) + 7, 0 from K on. A warp's are beside each other: 32
+// vectors of 8 elements, kVectors times.
 template <int kVectors_, bool kVectorized_>
 struct RowValues {
   static constexpr int kVectors = kVectors_;
@@ -99,10 +108,51 @@ struct RowValues {
 
   float x[kVectors][kVector];
   uint32_t row;
-  int thread, threads;  // of the row
+  int first;  // k(0)
 
-  __device__ __forceinline__ int k(int v) const { return (v * threads + thread) * kVector; }
+  __device__ __forceinline__ int k(int v) const { return first + v * 32 * kVector; }
 };
+
+// FWHT of blocks of features, the butterfly of qvdit/method/operator.py to the bit: pairs (a, b) that lie h = 1, 2, 4
+// apart are in one thread's vector, 8 … 128 in two lanes, 256 and 512 in two vectors of a thread.
+template <typename Values>
+__device__ __forceinline__ void walsh_hadamard(Values& values, int block, int lane) {
+  static_assert(Values::kVectors == kRotatedVectors, "a warp must hold whole blocks");
+#pragma unroll
+  for (int h = 1; h < kVector; h *= 2) {
+    if (h >= block) return;
+#pragma unroll
+    for (int v = 0; v < kRotatedVectors; ++v) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        if (!(i & h)) add_and_subtract(values.x[v][i], values.x[v][i + h]);
+      }
+    }
+  }
+#pragma unroll
+  for (int apart = 1; apart < 32; apart *= 2) {
+    if (apart * kVector >= block) return;
+#pragma unroll
+    for (int v = 0; v < kRotatedVectors; ++v) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        const float other = __shfl_xor_sync(0xffffffffu, values.x[v][i], apart);
+        values.x[v][i] = lane & apart ? __fsub_rn(other, values.x[v][i]) : __fadd_rn(values.x[v][i], other);
+      }
+    }
+  }
+#pragma unroll
+  for (int apart = 1; apart < kRotatedVectors; apart *= 2) {
+    if (apart * 32 * kVector >= block) return;
+#pragma unroll
+    for (int v = 0; v < kRotatedVectors; ++v) {
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) {
+        if (!(v & apart)) add_and_subtract(values.x[v][i], values.x[v + apart][i]);
+      }
+    }
+  }
+}
 
 // What happens to x before quantization. Each leaves the elements from K on 0.
 struct Plain {
@@ -288,6 +338,9 @@ __device__ __forceinline__ void quantize_row(Values& values, RowThreads threads,
       for (int i = 0; i < kVector; ++i) values.x[v][i] = __fmul_rn(values.x[v][i], inv_smooth[i]);
     }
   }
+  if constexpr (kVectors == kRotatedVectors) {
+    if (args.rotation > 1) walsh_hadamard(values, static_cast<int>(args.rotation), lane);
+  }
   if (args.transformed && stores) store_transformed(values, args);
 
   float lowest = 0.f, highest = 0.f;
@@ -386,10 +439,16 @@ __device__ __forceinline__ void quantize_row(Values& values, RowThreads threads,
   }
 }
 
+// Threads that the largest row takes, so that as many registers as these leave may be used.
+constexpr int largest_block(int vectors) {
+  const int warps = static_cast<int>((kMaxFeatures + 32 * vectors * kVector - 1) / (32 * vectors * kVector));
+  return 32 * (warps < kMaxWarps ? warps : kMaxWarps);
+}
+
 // A block takes every gridDim.x-th group of rows. What it shares is written again only after a barrier that comes after
 // the last reading of it: each row's first reduction (or warp) for partial_u, its end for the reductions' places.
 template <typename In, typename Prologue, int kVectors, bool kVectorized, bool kSymmetric>
-__global__ void __launch_bounds__(32 * kMaxWarps, 1)
+__global__ void __launch_bounds__(largest_block(kVectors), 1)
     quantize_rows_kernel(const __grid_constant__ QuantizeParams params) {
   extern __shared__ uint4 staging[];
   __shared__ float partial[4][kMaxWarps];
@@ -400,7 +459,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
   const RowThreads threads{warps, static_cast<int>(threadIdx.x) / 32, static_cast<int>(threadIdx.x) % 32,
                            static_cast<int>(threadIdx.y) * warps, partial};
   RowValues<kVectors, kVectorized> values;
-  values.thread = threadIdx.x, values.threads = blockDim.x;
+  values.first = (threads.warp * kVectors * 32 + threads.lane) * kVector;
 
   // Rows past the last are computed as the last and not stored: everybody meets at the barriers.
   const uint32_t rows = static_cast<uint32_t>(args.m), step = gridDim.x * blockDim.y;
@@ -429,7 +488,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1)
 // How many blocks of a kernel run at once on the current device; lets it have the shared memory it asks for.
 int32_t resident_blocks(const void* kernel, int threads, int shared, int& blocks);
 
-// Vectors a thread: the count that leaves the fewest threads without work; of equals the smallest, for more warps.
+// Vectors a thread, where inputs are not rotated: the count that leaves the fewest threads without work; of equals the smallest, for more warps.
 inline int vectors_per_thread(int64_t k_pad) {
   const int64_t vectors = k_pad / kVector;
   int best = 0;
@@ -465,7 +524,7 @@ int32_t launch_quantize(const QuantizeParams& params, cudaStream_t stream) {
 template <typename In, typename Prologue>
 int32_t launch_quantize(const QuantizeParams& params, cudaStream_t stream) {
   if (!params.vectorized) return launch_quantize<In, Prologue, 4, false>(params, stream);
-  switch (vectors_per_thread(params.k_pad)) {
+  switch (params.args.rotation > 1 ? kRotatedVectors : vectors_per_thread(params.k_pad)) {
     case 3:
       return launch_quantize<In, Prologue, 3, true>(params, stream);
     case 4:

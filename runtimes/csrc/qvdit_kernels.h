@@ -20,7 +20,7 @@ extern "C" {
 #endif
 
 // Changes whenever a struct or the meaning of a field does.
-#define QVDIT_ABI 2
+#define QVDIT_ABI 3
 
 enum qvdit_status {
   QVDIT_OK = 0,
@@ -47,7 +47,7 @@ enum qvdit_tile {
 
 // Steps 1 and 2 of LowBitLinear, and the input side of its low-rank term.
 //
-//   x̃   = prologue(x) · inv_smooth
+//   x̃   = FWHT(prologue(x) · inv_smooth)
 //   x_q, scale, zero as qvdit/method/operator.py defines them, to the bit
 //   u   = gain[frame] · scale · Σ_k (x_q - zero) alpha[r, k],  frame = (m / P) mod T
 //
@@ -63,6 +63,7 @@ struct qvdit_quantize_args {
   int32_t symmetric;  // 0 or 1
 
   const float* inv_smooth;  // [K] or null
+  int64_t rotation;         // features a block of the Walsh-Hadamard transform: a power of two to 1024 that divides K; or 0
 
   const float*
       modulation_scale;  // [M / rows_per_modulation, K], rows modulation_stride apart, or null. QVDIT_LAYERNORM

@@ -141,6 +141,28 @@ def test_low_rank_input_side(symmetric, rank, k, frames):
     assert ((found[3].T.double() - expected).abs() <= 8 * EPS * terms + 1e-37).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    ("k", "block"), [(12, 4), (40, 8), (96, 32), (1152, 128), (768, 256), (1536, 512), (5120, 1024)]
+)
+@pytest.mark.parametrize("smooth", [False, True])
+def test_rotation(k, block, symmetric, smooth, dtype):
+    """The transform is a butterfly of float32 additions in one order: its integers are the reference's."""
+    for m in (1, 7, 300):
+        x = rows_of_any_kind(m, k, dtype, seed=m)
+        inv_smooth = torch.rand(k, generator=torch.Generator().manual_seed(1)) + 0.5 if smooth else None
+        expected = reference_rows(operator.transform(x, inv_smooth, block), 6, symmetric)
+        found = quantize(x, 6, symmetric, inv_smooth=inv_smooth, rotation=block, row_sums=True)
+        assert_rows_equal(found, expected, k, symmetric)
+
+
+@pytest.mark.parametrize("rotation", [3, 64, 2048, -2])
+def test_rotations_that_are_refused(rotation):
+    with pytest.raises(QvditError, match=f"blocks of {rotation}"):
+        quantize(torch.randn(2, 96), 8, True, rotation=rotation)
+
+
 def test_gains_of_several_linears():
     x, tokens = rows_of_any_kind(40, 96, torch.bfloat16, seed=5), 5
     generator = torch.Generator().manual_seed(6)
@@ -161,7 +183,7 @@ def run_transformed(
     modulation = tuple(None if (t := keywords.get(name)) is None else t.cuda() for name in ("scale", "shift"))
     inv_smooth = None if (t := keywords.get("inv_smooth")) is None else t.cuda()
     torch_ops._launch_quantize(
-        outputs, on_gpu, 8, symmetric, inv_smooth, None, None, 1, prologue, modulation, 1e-6, transformed
+        outputs, on_gpu, 8, symmetric, inv_smooth, None, None, 1, prologue, modulation, 1e-6, transformed=transformed
     )
     return [t.cpu() for t in outputs], transformed.cpu()
 

@@ -21,6 +21,10 @@ namespace qvdit {
 constexpr int kVector = 8;     // elements a thread takes at once: 16 bytes of fp16
 constexpr int kMaxWarps = 16;  // a row
 constexpr int kMaxRank = 32;
+
+// Warps a row may have where a thread has so many vectors: five need more registers than 16 warps leave.
+constexpr int max_warps(int vectors) { return vectors > 4 ? 12 : kMaxWarps; }
+
 constexpr int kRotatedVectors = 4;  // a thread's, where inputs are rotated
 constexpr int kMaxRotation = 32 * kRotatedVectors * kVector;  // features that one warp holds
 constexpr float kSmallestScale = 1e-8f;  // EPS_SCALE of qvdit/method/operator.py
@@ -365,20 +369,20 @@ __device__ __forceinline__ void quantize_row(Values& values, RowThreads threads,
 
   int8_t* x_q = args.x_q + static_cast<int64_t>(row) * params.k_pad;
   const float stored_zero = kSymmetric ? 0.f : grid.zero - 128.f;
+  const uint32_t zero_bytes = (static_cast<uint32_t>(static_cast<int>(stored_zero)) & 0xff) * 0x01010101u;
   int sum = 0;  // of what is stored
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
-    float stored[kVector];  // kRounder + the integer
+    float (&centred)[kVector] = values.x[v];  // from here on kRounder + x_q - zero
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      stored[i] = rounder_plus_quotient(values.x[v][i], grid.divisor, grid.reciprocal);
-      if constexpr (!kSymmetric) stored[i] = fminf(stored[i], kRounder + grid.highest);
-      values.x[v][i] = stored[i];  // kRounder + x_q - zero
-      if constexpr (!kSymmetric) stored[i] += stored_zero;
+      centred[i] = rounder_plus_quotient(centred[i], grid.divisor, grid.reciprocal);
+      if constexpr (!kSymmetric) centred[i] = fminf(centred[i], kRounder + grid.highest);
     }
-    uint2 bytes = {pack_bytes(stored[0], stored[1], stored[2], stored[3]),
-                   pack_bytes(stored[4], stored[5], stored[6], stored[7])};
+    uint2 bytes = {pack_bytes(centred[0], centred[1], centred[2], centred[3]),
+                   pack_bytes(centred[4], centred[5], centred[6], centred[7])};
     if constexpr (!kSymmetric) {  // where symmetric, what lies past the features is 0 already
+      bytes.x = __vadd4(bytes.x, zero_bytes), bytes.y = __vadd4(bytes.y, zero_bytes);
       const int inside = features - values.k(v);
       bytes.x &= first_bytes(inside), bytes.y &= first_bytes(inside - 4);
     }
@@ -439,16 +443,10 @@ __device__ __forceinline__ void quantize_row(Values& values, RowThreads threads,
   }
 }
 
-// Threads that the largest row takes, so that as many registers as these leave may be used.
-constexpr int largest_block(int vectors) {
-  const int warps = static_cast<int>((kMaxFeatures + 32 * vectors * kVector - 1) / (32 * vectors * kVector));
-  return 32 * (warps < kMaxWarps ? warps : kMaxWarps);
-}
-
 // A block takes every gridDim.x-th group of rows. What it shares is written again only after a barrier that comes after
 // the last reading of it: each row's first reduction (or warp) for partial_u, its end for the reductions' places.
 template <typename In, typename Prologue, int kVectors, bool kVectorized, bool kSymmetric>
-__global__ void __launch_bounds__(largest_block(kVectors), 1)
+__global__ void __launch_bounds__(32 * max_warps(kVectors), 1)
     quantize_rows_kernel(const __grid_constant__ QuantizeParams params) {
   extern __shared__ uint4 staging[];
   __shared__ float partial[4][kMaxWarps];
@@ -495,7 +493,7 @@ inline int vectors_per_thread(int64_t k_pad) {
   int64_t least = 0;
   for (int candidate : {3, 4, 5}) {
     const int64_t slots = (vectors + 32 * candidate - 1) / (32 * candidate) * 32 * candidate;
-    if (slots > 32 * candidate * kMaxWarps) continue;
+    if (slots > 32 * candidate * max_warps(candidate)) continue;
     if (best == 0 || slots < least) best = candidate, least = slots;
   }
   return best;

@@ -32,6 +32,7 @@ INPUTS = (
     "frame_gain",
     "tokens_per_frame",
 )
+_RADIX = 8  # of the Walsh-Hadamard transform: pieces that a pass over memory adds and subtracts
 ATTRIBUTES = ("weight_bits", "act_bits", "act_symmetric", "rotation")
 Body = Literal["qdq", "integer"]
 
@@ -100,23 +101,38 @@ def function(variant: Variant, body: Body) -> onnx.FunctionProto:
 
 
 def _transform(variant: Variant) -> list[str]:
-    """x̃ [M, K], called x_smooth: the butterfly of the Walsh-Hadamard transform, stage by stage."""
+    """x̃ [M, K], called x_smooth: the butterfly of the Walsh-Hadamard transform, three levels a pass over memory."""
     smoothed = "Mul (x_rows, inv_smooth)" if variant.inv_smooth else "Identity (x_rows)"
     if not variant.rotation:
         return [f"x_smooth = {smoothed}"]
     lines, before, half = [f"x_1 = {smoothed}"], "x_1", 1
     while half < variant.rotation:
-        after = f"x_{2 * half}"
+        count = min(_RADIX, variant.rotation // half)
+        parts = [f"x_{half}_{i}" for i in range(count)]
+        butterfly, results = _butterfly(parts)
+        after = f"x_{count * half}"
         lines += [
-            f"shape_{half} = Constant <value_ints = [0, -1, 2, {half}]> ()",
-            f"pairs_{half} = Reshape ({before}, shape_{half})",
-            f"a_{half}, b_{half} = Split <axis = 2, num_outputs = 2> (pairs_{half})",
-            f"sum_{half} = Add (a_{half}, b_{half})",
-            f"difference_{half} = Sub (a_{half}, b_{half})",
-            f"{after} = Concat <axis = 2> (sum_{half}, difference_{half})",
+            f"shape_{half} = Constant <value_ints = [0, -1, {count}, {half}]> ()",
+            f"rows_{half} = Reshape ({before}, shape_{half})",
+            f"{', '.join(parts)} = Split <axis = 2, num_outputs = {count}> (rows_{half})",
+            *butterfly,
+            f"{after} = Concat <axis = 2> ({', '.join(results)})",
         ]
-        before, half = after, 2 * half
+        before, half = after, count * half
     return [*lines, "rows_shape = Constant <value_ints = [0, -1]> ()", f"x_smooth = Reshape ({before}, rows_shape)"]
+
+
+def _butterfly(parts: list[str]) -> tuple[list[str], list[str]]:
+    """a + b and a - b of each pair, level by level: the lines, and the names of the results."""
+    lines, names, distance = [], list(parts), 1
+    while distance < len(names):
+        for i in range(len(names)):
+            if not i & distance:
+                a, b = names[i], names[i + distance]
+                names[i], names[i + distance] = f"{parts[i]}_plus_{distance}", f"{parts[i]}_minus_{distance}"
+                lines += [f"{names[i]} = Add ({a}, {b})", f"{names[i + distance]} = Sub ({a}, {b})"]
+        distance *= 2
+    return lines, names
 
 
 def _scale(variant: Variant) -> list[str]:

@@ -88,7 +88,7 @@ def _smoothing(
     Empty where the recipe neither smooths nor rotates.
     """
     scales = _smoothing_scales(transformer, sites, statistics, job)
-    if job.recipe.rotation == "none":
+    if not job.recipe.rotates(job.bits):
         return scales
     generator = torch.Generator().manual_seed(job.seed)
     signs: dict[str, torch.Tensor] = {}  # by input: one rotated x serves all the linears that read it
@@ -158,7 +158,7 @@ def _start(
     """Round one linear, with its rank-R term, and let its bias carry what the recipe wants it to."""
     recipe = job.recipe
     linear = transformer.get_submodule(site.name)
-    rotation = rotation_block(linear.weight.shape[1]) if recipe.rotation == "hadamard" else 0
+    rotation = rotation_block(linear.weight.shape[1]) if recipe.rotates(job.bits) else 0
     prepared = Prepared.of(linear.weight.detach().float(), statistics.of(site), smooth, rotation)
     rounded = _round(prepared, recipe.weight_bits(site.name, job.bits.weight), recipe, generator)
     bias = None if linear.bias is None else linear.bias.detach().float()

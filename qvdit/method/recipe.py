@@ -98,6 +98,7 @@ class Recipe:
     activations: ActivationsBlock = field(default_factory=ActivationsBlock)
     smoothing: SmoothingBlock = field(default_factory=SmoothingBlock)
     rotation: Literal["none", "hadamard"] = "none"  # of every layer's input features, with random signs from the seed
+    rotation_below: int = 9  # the rotation is for widths of fewer weight bits than this; 9: for all
     tqe: TqeBlock = field(default_factory=TqeBlock)
     distillation: DistillationBlock = field(default_factory=DistillationBlock)
     layer_bits: dict[str, int] = field(
@@ -107,6 +108,10 @@ class Recipe:
     def weight_bits(self, layer: str, default: int) -> int:
         """Weight bits of a layer: the first pattern that matches, else the default."""
         return next((bits for glob, bits in self.layer_bits.items() if fnmatch.fnmatchcase(layer, glob)), default)
+
+    def rotates(self, bits: Bits) -> bool:
+        """Whether inputs are rotated at a bit width: in all layers or none, since layers may share an input."""
+        return self.rotation == "hadamard" and bits.weight < self.rotation_below
 
     def smoothing_strength(self, bits: Bits) -> float:
         """p for a bit width."""
@@ -163,6 +168,7 @@ def _check_ranges(recipe: Recipe, where: str) -> None:
     numbers |= {f"distillation.steps.{name}": (steps, 0, 1 << 30) for name, steps in distillation.steps.items()}
     numbers |= {"weights.symmetric_from": (recipe.weights.symmetric_from, 2, 9)}
     numbers |= {"activations.symmetric_from": (recipe.activations.symmetric_from, 2, 9)}
+    numbers |= {"rotation_below": (recipe.rotation_below, 2, 9)}
     numbers |= {"weights.group": (recipe.weights.group, 0, 1 << 20)}
     strengths = {"smoothing.strength": recipe.smoothing.strength, **recipe.smoothing.by_bits}
     numbers |= {name: (value, 0, 1) for name, value in strengths.items()}

@@ -251,11 +251,15 @@ def _launch_quantize(
 ) -> None:
     """Fill quantize_rows' results; ``transformed``, float32 [M, K], receives x̃."""
     x = x.contiguous()
+    _check_devices(x, inv_smooth, alpha, frame_gain, *modulation)
     k = x.shape[-1]
     m = x.numel() // k
     x_q, scale, zero, u, row_sum = outputs
     modulation_rows, stride = _modulation(modulation, m, k)
     rank = 0 if alpha is None else alpha.shape[0]
+    if rank % _rows(frame_gain):
+        got = f"gains of {_rows(frame_gain)} linears for {rank} rows of alpha"
+        raise QvditError(got, "as many rows for each", "stack their alphas and their gains in one order")
     if x.dtype not in _DTYPES or prologue not in PROLOGUES:
         raise QvditError(
             f"{x.dtype} and prologue {prologue!r}", f"a float type and one of {sorted(PROLOGUES)}", "cast x"
@@ -290,6 +294,13 @@ def _launch_quantize(
     )
     with torch.cuda.device(x.device):
         _library(x.device.index).quantize_rows(arguments, _stream(x))
+
+
+def _check_devices(like: torch.Tensor, *others: torch.Tensor | None) -> None:
+    """Kernels read addresses: one of another device would end the process."""
+    for tensor in others:
+        if tensor is not None and tensor.device != like.device:
+            raise QvditError(f"a tensor on {tensor.device} beside one on {like.device}", "one device", "move it first")
 
 
 def _rows(frame_gain: torch.Tensor | None) -> int:

@@ -38,20 +38,22 @@ int32_t check(const qvdit_quantize_args& args) {
 
 namespace qvdit {
 
-int32_t resident_blocks(const void* kernel, int threads, int shared, int& blocks) {
-  constexpr int kAlwaysAllowed = 48 << 10;
+int32_t resident_blocks(const void* kernel, int threads, int shared, int most_shared, int& blocks) {
+  constexpr int kAlwaysAllowed = 44 << 10;  // of the 48 KB that need no leave, beside what kernels declare themselves
   int device = 0, multiprocessors = 0, each = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   }
-  if (error == cudaSuccess && shared > kAlwaysAllowed) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (error == cudaSuccess && most_shared > kAlwaysAllowed) {  // always the same: a smaller one would lower others'
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared);
   }
   if (error == cudaSuccess) error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, shared);
   if (error != cudaSuccess || each < 1) {
     cudaGetLastError();  // it is reported here, not by the next launch
-    return fail(QVDIT_CUDA, "quantize_rows does not fit this device: %s", cudaGetErrorString(error));
+    if (const int32_t status = qvdit_check_device()) return status;
+    return fail(QVDIT_CUDA, "quantize_rows: %d bytes of shared memory for %d threads (%s)", shared, threads,
+                error == cudaSuccess ? "no room" : cudaGetErrorString(error));
   }
   blocks = each * multiprocessors;
   return QVDIT_OK;

@@ -6,7 +6,7 @@
 //   instructions, what it is bound by: symmetric, about 2 (load, convert, range) + 4 (quotient) + 1 (pack) an element and
 //   150 a row, + 1 with a low-rank term and 1.3 for each of its ranks; asymmetric 4 more an element. The bandwidth above
 //   leaves 21 an element on an H200.
-//   grid: ceil(M / rows a block); a block is 32 W threads x rows, W warps a row of V vectors of 8 elements a thread.
+//   grid: ceil(M / rows a block), but no more than run at once: each block goes on to further rows; a block is 32 W threads x rows, W warps a row of V vectors of 8 elements a thread.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -471,6 +471,7 @@ __global__ void __launch_bounds__(32 * max_warps(kVectors), 1)
   if constexpr (kVectorized) staged.fetch(start_of(first), values, features);
 #pragma unroll 1
   for (; first < rows; first += step) {
+    __syncwarp();  // what a row of one warp shares has been read by all of its lanes
     if constexpr (kVectorized) {
       staged.read(values, features);
       if (rows - first > step) staged.fetch(start_of(first + step), values, features);
@@ -483,8 +484,8 @@ __global__ void __launch_bounds__(32 * max_warps(kVectors), 1)
   }
 }
 
-// How many blocks of a kernel run at once on the current device; lets it have the shared memory it asks for.
-int32_t resident_blocks(const void* kernel, int threads, int shared, int& blocks);
+// How many blocks of a kernel run at once on the current device; lets it have the most shared memory it may ask for.
+int32_t resident_blocks(const void* kernel, int threads, int shared, int most_shared, int& blocks);
 
 // Vectors a thread, where inputs are not rotated: the count that leaves the fewest threads without work; of equals the smallest, for more warps.
 inline int vectors_per_thread(int64_t k_pad) {
@@ -508,9 +509,10 @@ int32_t launch_quantize(const QuantizeParams& params, cudaStream_t stream) {
   const int warps = static_cast<int>((params.k_pad + slots - 1) / slots);
   const int rows = warps < kWarpsWanted ? kWarpsWanted / warps : 1;
   const int threads = 32 * warps * rows;
-  const int shared = kVectorized ? threads * kVectors * kVector * static_cast<int>(sizeof(In)) : 0;
+  constexpr int kStaged = kVectorized ? kVectors * kVector * static_cast<int>(sizeof(In)) : 0;  // bytes a thread
+  const int shared = threads * kStaged, most_shared = 32 * max_warps(kVectors) * kStaged;
   int resident = 0;  // blocks on the device at once
-  if (const int32_t status = resident_blocks(reinterpret_cast<const void*>(kernel), threads, shared, resident)) {
+  if (const int32_t status = resident_blocks(reinterpret_cast<const void*>(kernel), threads, shared, most_shared, resident)) {
     return status;
   }
   const int64_t blocks = (params.args.m + rows - 1) / rows;

@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qvdit.contract import FrameRows, StaticInt8Layer
+from qvdit.contract.kernels import mergeable, unserved
 from qvdit.contract.packing import unpack
 from qvdit.method import operator
 from qvdit.method.lowbit import LowBitLinear
-from qvdit.runtimes.torch_linear import KernelLinear, mergeable, unserved
+from qvdit.runtimes.torch_linear import KernelLinear
 
 PARTS = [(), ("zero", "bias"), ("zero", "bias", "smooth", "gain")]
 

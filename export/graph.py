@@ -38,6 +38,12 @@ class GraphEditor:
         self.graph.initializer.append(tensor)
         return name
 
+    def describe_like(self, name: str, like: str, features: int) -> None:
+        """Note a value's type and shape: those of ``like``, if they are noted, with another last dimension."""
+        for value in [value for value in self.graph.value_info if value.name == like]:
+            described = self.graph.value_info.add(name=name, type=value.type)
+            described.type.tensor_type.shape.dim[-1].dim_value = features
+
 
 def fill(traced: onnx.ModelProto, fills: dict[str, Fill]) -> onnx.ModelProto:
     """A copy of the traced graph with every placeholder replaced by its layer's fill."""
@@ -66,7 +72,7 @@ def quantized_model(
     fills = {
         layer.name: _low_bit(layer) if isinstance(layer, LowBitLayer) else _static(layer, body) for layer in layers
     }
-    fills |= {name: _plain(*weights) for name, weights in (kept or {}).items()}
+    fills |= {name: plain(*weights) for name, weights in (kept or {}).items()}
     model = fill(traced, fills)
     variants = {Variant.of(layer): None for layer in layers if isinstance(layer, LowBitLayer)}
     model.functions.extend(function(variant, body) for variant in variants)
@@ -77,12 +83,14 @@ def quantized_model(
 
 def baseline_model(traced: onnx.ModelProto, weights: dict[str, FullWeights]) -> onnx.ModelProto:
     """The full-precision model: a MatMul and an Add in every placeholder."""
-    model = fill(traced, {name: _plain(*arrays) for name, arrays in weights.items()})
+    model = fill(traced, {name: plain(*arrays) for name, arrays in weights.items()})
     _drop_domain(model)
     return model
 
 
-def _plain(weight: np.ndarray, bias: np.ndarray | None) -> Fill:
+def plain(weight: np.ndarray, bias: np.ndarray | None) -> Fill:
+    """A linear in full precision, weight [N, K] and bias [N]: a MatMul and an Add."""
+
     def build(node: onnx.NodeProto, editor: GraphEditor) -> list[onnx.NodeProto]:
         out = node.output[0]
         transposed = editor.constant(f"{out}:weight", np.ascontiguousarray(weight.T))

@@ -1,0 +1,236 @@
+"""A strongly typed graph: float32 as traced in, every float tensor's type decided and every change of type a Cast out.
+
+The rules, by operator:
+
+- matrix products, convolutions and LowBitLinear read and write the low type (FP16 or BF16);
+- data movement and plain arithmetic take the widest type they are given, constants aside, as PyTorch promotes;
+- everything else (normalisation and its reductions, softmax, activations, sines) is float32;
+- what comes of the time step alone is float32, products included: it has few rows, and steers every token;
+- whatever reads or writes a value that the low type cannot hold is float32, as measured by :func:`largest_values`.
+
+Modulation and residuals are float32 by these rules, because a float32 gate or norm takes part in them. On the shipped
+models the error that mixed types add is a small fraction of what quantization costs: see tests/unit/test_precision.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Literal
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx.helper
+import onnx.numpy_helper
+import onnx.shape_inference
+from onnx import TensorProto
+
+from qvdit.contract import QvditError
+from qvdit.export.functions import DOMAIN, NODE
+
+LowType = Literal["float16", "bfloat16"]
+
+FLOAT = TensorProto.FLOAT
+_TENSOR_TYPE = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
+_NUMPY_TYPE = {TensorProto.FLOAT16: np.dtype(np.float16), TensorProto.BFLOAT16: np.dtype(ml_dtypes.bfloat16)}
+# Three bits of headroom below 65504: other prompts and steps than the measured ones reach further.
+_LARGEST = {TensorProto.FLOAT16: 8192.0, TensorProto.BFLOAT16: 1e38}
+
+_PRODUCTS = {"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum", NODE}
+_MOVES = {"Concat", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Reshape", "Slice"}
+_MOVES |= {"Split", "Squeeze", "Tile", "Transpose", "Unsqueeze", "Where"}
+_ARITHMETIC = {"Abs", "Add", "Max", "Min", "Mul", "Neg", "Relu", "Sub"}
+
+
+def strongly_typed(
+    traced: onnx.ModelProto,
+    widths: Mapping[str, tuple[int, int]],
+    low: LowType = "float16",
+    largest: Mapping[str, float] | None = None,
+    exact_inputs: Collection[str] = ("timestep",),
+) -> onnx.ModelProto:
+    """A copy of a traced graph with Casts; placeholders stay, graph inputs and outputs stay float32.
+
+    widths: (N, K) of each placeholder's layer. largest: magnitudes by value, of :func:`largest_values`. exact_inputs:
+    inputs whose own branch is float32. Every value's type, and its shape as far as it is known, is in ``value_info``.
+    """
+    typer = _Typer(traced, _TENSOR_TYPE[low], largest or {}, exact_inputs)
+    typer.infer(widths)
+    return typer.run()
+
+
+class _Typer:
+    def __init__(
+        self, traced: onnx.ModelProto, low: int, largest: Mapping[str, float], exact_inputs: Collection[str]
+    ) -> None:
+        self.model = onnx.ModelProto()
+        self.model.CopyFrom(traced)
+        self.graph = self.model.graph
+        self.low, self.largest, self.exact_inputs = low, largest, frozenset(exact_inputs)
+        self.constants = {tensor.name: tensor for tensor in self.graph.initializer}
+        self.shapes: dict[str, onnx.TypeProto] = {}
+        self.decided: dict[str, int] = {}  # float value → its type; constants are not in it
+        self.sources: dict[str, frozenset[str]] = {}  # float value → the graph inputs it comes of
+        self.nodes: list[onnx.NodeProto] = []
+        self.copies: dict[tuple[str, int], str] = {}  # a value in another type
+
+    def infer(self, widths: Mapping[str, tuple[int, int]]) -> None:
+        """Types and shapes of all values, with a MatMul in every placeholder; weights are not needed for that."""
+        proxy = onnx.ModelProto()
+        proxy.CopyFrom(self.model)
+        for node in proxy.graph.node:
+            if node.domain == DOMAIN:
+                n, k = widths[placeholder_name(node)]
+                weight = f"{node.output[0]}:proxy"
+                proxy.graph.input.append(onnx.helper.make_tensor_value_info(weight, FLOAT, [k, n]))
+                node.CopyFrom(onnx.helper.make_node("MatMul", [node.input[0], weight], list(node.output)))
+        large = [tensor for tensor in proxy.graph.initializer if len(tensor.raw_data) > 1024]
+        for tensor in large:  # their shape is enough, and protobuf ends at 2 GiB
+            shaped = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
+            proxy.graph.input.append(shaped)
+            proxy.graph.initializer.remove(tensor)
+        inferred = onnx.shape_inference.infer_shapes(proxy, strict_mode=True).graph
+        for value in (*inferred.input, *inferred.output, *inferred.value_info):
+            self.shapes[value.name] = value.type
+
+    def run(self) -> onnx.ModelProto:
+        for value in self.graph.input:
+            if self.is_float(value.name):
+                self.decided[value.name], self.sources[value.name] = FLOAT, frozenset([value.name])
+        for node in self.graph.node:
+            self.place(node)
+        for value in self.graph.output:
+            self.restore_output(value.name)
+        del self.graph.node[:]
+        self.graph.node.extend(self.nodes)
+        self.finish()
+        return self.model
+
+    def is_float(self, name: str) -> bool:
+        if name in self.constants:
+            return self.constants[name].data_type == FLOAT
+        return name in self.shapes and self.shapes[name].tensor_type.elem_type == FLOAT
+
+    def place(self, node: onnx.NodeProto) -> None:
+        """Append a node, its inputs in the type that it is to have."""
+        floats = [name for name in node.input if self.is_float(name)]
+        values = [name for name in floats if name not in self.constants]
+        sources = frozenset().union(*(self.sources[name] for name in values))
+        kind = self.choose(node, floats, values, sources)
+        for index, name in enumerate(node.input):
+            if name in floats:
+                node.input[index] = self.read(name, kind)
+        for name in node.output:
+            if self.is_float(name):
+                self.decided[name], self.sources[name] = kind, sources
+        self.nodes.append(node)
+
+    def choose(self, node: onnx.NodeProto, floats: list[str], values: list[str], sources: frozenset[str]) -> int:
+        touched = [*floats, *(name for name in node.output if self.is_float(name))]
+        if any(self.magnitude(name) > _LARGEST[self.low] for name in touched):
+            return FLOAT
+        if node.op_type in _PRODUCTS:
+            return FLOAT if sources and sources <= self.exact_inputs else self.low
+        follows = node.op_type in _MOVES | _ARITHMETIC or len(touched) == len(floats)  # or it gives no floats
+        if follows and values and all(self.decided[name] == self.low for name in values):
+            return self.low
+        return FLOAT
+
+    def magnitude(self, name: str) -> float:
+        if name not in self.constants:
+            return self.largest.get(name, 0.0)
+        value = np.abs(onnx.numpy_helper.to_array(self.constants[name]))
+        return float(value[np.isfinite(value)].max(initial=0.0))  # an infinity (of a mask) is one in every type
+
+    def read(self, name: str, kind: int) -> str:
+        """The name under which a float value is there in a type; a constant is converted, not cast."""
+        if kind == (FLOAT if name in self.constants else self.decided[name]):
+            return name
+        if (name, kind) not in self.copies:
+            copy = f"{name}:{onnx.TensorProto.DataType.Name(kind).lower()}"
+            self.copies[name, kind] = copy
+            if name in self.constants:
+                array = onnx.numpy_helper.to_array(self.constants[name]).astype(_NUMPY_TYPE[kind])
+                self.graph.initializer.append(onnx.numpy_helper.from_array(array, copy))
+            else:
+                self.cast(name, copy, kind)
+        return self.copies[name, kind]
+
+    def cast(self, source: str, target: str, kind: int) -> None:
+        self.nodes.append(onnx.helper.make_node("Cast", [source], [target], target, to=kind))
+        self.shapes[target], self.decided[target] = self.shapes[source], kind
+
+    def restore_output(self, name: str) -> None:
+        """Give a graph output its float32 and its name, whatever type the node that writes it has."""
+        if self.decided.get(name, FLOAT) == FLOAT:
+            return
+        inner = f"{name}:{onnx.TensorProto.DataType.Name(self.decided[name]).lower()}"
+        self.shapes[inner], self.decided[inner] = self.shapes[name], self.decided[name]
+        for node in self.nodes:
+            for names in (node.input, node.output):
+                for index, found in enumerate(names):
+                    if found == name:
+                        names[index] = inner
+        self.cast(inner, name, FLOAT)
+
+    def finish(self) -> None:
+        """Drop constants that nothing reads any more, and note what is known of the values."""
+        used = {name for node in self.nodes for name in node.input}
+        kept = [tensor for tensor in self.graph.initializer if tensor.name in used]
+        del self.graph.initializer[:]
+        self.graph.initializer.extend(kept)
+        outputs = {value.name for value in self.graph.output}
+        del self.graph.value_info[:]
+        for name in (name for node in self.nodes for name in node.output if name in self.shapes):
+            if name not in outputs:
+                value = self.graph.value_info.add(name=name, type=self.shapes[name])
+                value.type.tensor_type.elem_type = self.decided.get(name, value.type.tensor_type.elem_type)
+                _forget_invented(value)
+
+
+def _forget_invented(value: onnx.ValueInfoProto) -> None:
+    """Shape inference calls dimensions that it does not know unk__0, unk__1 …: leave them open."""
+    for dimension in value.type.tensor_type.shape.dim:
+        if dimension.dim_param.startswith("unk__"):
+            dimension.Clear()
+
+
+def placeholder_name(node: onnx.NodeProto) -> str:
+    """The layer that a placeholder of a traced graph stands for."""
+    return onnx.helper.get_node_attr_value(node, "layer").decode()
+
+
+def largest_values(baseline: Path, inputs: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """The largest magnitude of every float value while a full-precision model runs once.
+
+    baseline: the traced graph with plain products, float32, whose values keep the traced graph's names. inputs: float32
+    by name. Weights are not loaded twice: the model with its measuring nodes lies beside it for a moment.
+    """
+    import onnxruntime
+
+    model = onnx.load(baseline, load_external_data=False)
+    typed = onnx.shape_inference.infer_shapes(model).graph
+    outputs = {value.name for value in model.graph.output}
+    floats = [v.name for v in (*typed.input, *typed.value_info, *typed.output) if v.type.tensor_type.elem_type == FLOAT]
+    peaks = {name: f"{name}:peak" for name in floats}
+    for name, peak in peaks.items():
+        model.graph.node.append(onnx.helper.make_node("Abs", [name], [f"{peak}:magnitude"]))
+        model.graph.node.append(onnx.helper.make_node("ReduceMax", [f"{peak}:magnitude"], [peak], keepdims=0))
+        model.graph.output.append(onnx.helper.make_tensor_value_info(peak, FLOAT, []))
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    measuring = baseline.with_name(f".{baseline.name}.measuring")
+    try:
+        measuring.write_bytes(model.SerializeToString())
+        session = onnxruntime.InferenceSession(str(measuring), options, providers=["CPUExecutionProvider"])
+        found = session.run(list(peaks.values()), dict(inputs))
+    finally:
+        measuring.unlink(missing_ok=True)
+    largest = {name: float(value) for name, value in zip(peaks, found, strict=True)}
+    bad = sorted(name for name in outputs & set(largest) if not np.isfinite(largest[name]))
+    if bad:
+        raise QvditError(
+            f"a model whose output {bad[0]} is not finite", "finite numbers in full precision", "check the model"
+        )
+    return largest

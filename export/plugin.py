@@ -29,6 +29,7 @@ from qvdit.export.precision import placeholder_name
 PLUGIN_VERSION = "1"
 ROWS = (FrameRows.NONE, FrameRows.SEQUENCE, FrameRows.SPATIAL, FrameRows.TEMPORAL)  # attribute rows: the index
 TEST_OUTPUTS = ("y", "x_q", "scale", "zero", "acc")
+_NAMED = 8  # layers that a refusal names; a large model has hundreds
 _BETWEEN_NAMES = ","  # of the layers that one node computes
 
 _CONSTANTS = ("words", "weight_scale", "weight_zero", "bias", "inv_smooth", "alpha", "beta", "frame_gain")
@@ -38,9 +39,10 @@ def refuse_unserved(reasons: dict[str, str | None]) -> None:
     """Raise QvditError if the kernels do not serve a layer; reasons: by layer, None where there is none."""
     found = {name: reason for name, reason in reasons.items() if reason}
     if found:
-        named = ", ".join(f"{name} ({reason})" for name, reason in found.items())
+        named = ", ".join(f"{name} ({reason})" for name, reason in list(found.items())[:_NAMED])
+        more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
         raise QvditError(
-            f"--target tensorrt with {len(found)} layers that its plugin does not compute: {named}",
+            f"--target tensorrt with {len(found)} layers that its plugin does not compute: {named}{more}",
             "one scale a row, no rotation, at most 16384 input features and rank 32 in every layer",
             "choose another recipe or --rank, or --target onnxruntime",
         )

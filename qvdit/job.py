@@ -330,11 +330,13 @@ class Job:
 
         reasons = {}
         for site in self.sites:
-            k = self.pipeline.transformer.get_submodule(site.name).in_features
+            linear = self.pipeline.transformer.get_submodule(site.name)
+            k = linear.in_features
             group = group_size(k, self.recipe.weights.group)
             rotation = rotation_block(k) if self.recipe.rotation == "hadamard" else 0
+            rank = min(self.recipe.tqe.rank, *linear.weight.shape)
             if self.recipe.weight_bits(site.name, self.bits.weight) != 16:
-                reasons[site.name] = unserved_shape(k, group, rotation, self.recipe.tqe.rank)
+                reasons[site.name] = unserved_shape(k, group, rotation, rank)
         refuse_unserved(reasons)
 
     def _withdraw(self) -> None:

@@ -83,6 +83,18 @@ def test_bad_option(options: tuple[str, ...], words: tuple[str, ...], export: An
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("parts", "reason"), [("weights: {group: 16}", "groups"), ("rotation: hadamard", "rotation")], ids=str
+)
+def test_layers_without_tensorrt_kernels(parts: str, reason: str, export: Any, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"name: mine\nsource: me\n{parts}\n")
+    line = assert_refused(export("--recipe", recipe, "--target", "tensorrt"), f"blocks.0.attn1.to_q ({reason})")
+    assert "20 layers" in line
+    assert "--target onnxruntime" in line
+    assert_nothing_written(tmp_path / "out")
+
+
 def test_static_recipe_at_other_bits(export: Any, tmp_path: Path) -> None:
     assert_refused(export("--recipe", "int8-static", "--bits", "w4a8"), "w4a8", "w8a8")
     assert not (tmp_path / "out" / "manifest.json").exists()

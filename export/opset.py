@@ -19,8 +19,9 @@ TENSORRT_OPSET = 18
 _IR_VERSION = 8  # of opset 18
 
 # Changed after 18, but only in the types they take or in what we do not use.
-_SAME = {"Cast", "Constant", "ConstantOfShape", "Equal", "Flatten", "Identity", "Pad", "ReduceMax", "ReduceMin"}
-_SAME |= {"Reshape", "Resize", "Shape", "Size", "Squeeze", "Transpose", "Unsqueeze"}
+_SAME = {"Cast", "Constant", "ConstantOfShape", "DequantizeLinear", "Equal", "Flatten", "Identity", "Pad"}
+_SAME |= {"QuantizeLinear", "ReduceMax", "ReduceMin", "Reshape", "Resize", "Shape", "Size", "Squeeze", "Transpose"}
+_SAME |= {"Unsqueeze"}
 
 # The body that ONNX defines, float32. x3 overflows to an infinity of x's sign where tanh is 1 long since.
 _GELU = {

@@ -22,9 +22,8 @@ from qvdit.contract.layer import Layer, padded_size
 from qvdit.contract.packing import unpack
 from qvdit.export.files import save_model
 from qvdit.export.functions import DOMAIN, DOMAIN_VERSION, NODE
-from qvdit.export.graph import Fill, FullWeights, GraphEditor, fill, plain
+from qvdit.export.graph import Fill, FullWeights, GraphEditor, fill, placeholder_name, plain_fills
 from qvdit.export.opset import TENSORRT_OPSET
-from qvdit.export.precision import placeholder_name
 
 PLUGIN_VERSION = "1"
 ROWS = (FrameRows.NONE, FrameRows.SEQUENCE, FrameRows.SPATIAL, FrameRows.TEMPORAL)  # attribute rows: the index
@@ -62,15 +61,11 @@ def plugin_model(
     refuse_unserved({layer.name: unserved(layer) for layer in layers})
     low_bit = [layer for layer in layers if isinstance(layer, LowBitLayer)]
     calls = {placeholder_name(node): node for node in typed.graph.node if node.domain == DOMAIN}
-    types = {value.name: value.type.tensor_type.elem_type for value in typed.graph.value_info}
     fills: dict[str, Fill] = {}
     for group in same_input(typed, low_bit) if merge else [(layer,) for layer in low_bit]:
         fills |= {layer.name: lambda node, editor: [] for layer in group[1:]}  # the first one's node writes them all
         fills[group[0].name] = _call(group, [calls[layer.name].output[0] for layer in group])
-    for name, (weight, bias) in (kept or {}).items():
-        kind = onnx.helper.tensor_dtype_to_np_dtype(types[calls[name].output[0]])
-        fills[name] = plain(weight.astype(kind), None if bias is None else bias.astype(kind))
-    return fill(typed, fills)
+    return fill(typed, fills | plain_fills(typed, kept or {}))
 
 
 def same_input(typed: onnx.ModelProto, layers: Sequence[LowBitLayer]) -> list[tuple[LowBitLayer, ...]]:

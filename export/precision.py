@@ -28,6 +28,7 @@ from onnx import TensorProto
 
 from qvdit.contract import QvditError
 from qvdit.export.functions import DOMAIN, NODE
+from qvdit.export.graph import placeholder_name
 
 LowType = Literal["float16", "bfloat16"]
 
@@ -48,26 +49,34 @@ def strongly_typed(
     widths: Mapping[str, tuple[int, int]],
     low: LowType = "float16",
     largest: Mapping[str, float] | None = None,
+    static: Collection[str] = (),
     exact_inputs: Collection[str] = ("timestep",),
 ) -> onnx.ModelProto:
     """A copy of a traced graph with Casts; placeholders stay, graph inputs and outputs stay float32.
 
-    widths: (N, K) of each placeholder's layer. largest: magnitudes by value, of :func:`largest_values`. exact_inputs:
-    inputs whose own branch is float32. Every value's type, and its shape as far as it is known, is in ``value_info``.
+    widths: (N, K) of each placeholder's layer. largest: magnitudes by value, of :func:`largest_values`. static: layers
+    whose placeholders read float32, because QuantizeLinear of opset 18 does. exact_inputs: inputs whose own branch is
+    float32. Every value's type, and its shape as far as it is known, is in ``value_info``.
     """
-    typer = _Typer(traced, _TENSOR_TYPE[low], largest or {}, exact_inputs)
+    typer = _Typer(traced, _TENSOR_TYPE[low], largest or {}, static, exact_inputs)
     typer.infer(widths)
     return typer.run()
 
 
 class _Typer:
     def __init__(
-        self, traced: onnx.ModelProto, low: int, largest: Mapping[str, float], exact_inputs: Collection[str]
+        self,
+        traced: onnx.ModelProto,
+        low: int,
+        largest: Mapping[str, float],
+        static: Collection[str],
+        exact_inputs: Collection[str],
     ) -> None:
         self.model = onnx.ModelProto()
         self.model.CopyFrom(traced)
         self.graph = self.model.graph
-        self.low, self.largest, self.exact_inputs = low, largest, frozenset(exact_inputs)
+        self.low, self.largest = low, largest
+        self.static, self.exact_inputs = frozenset(static), frozenset(exact_inputs)
         self.constants = {tensor.name: tensor for tensor in self.graph.initializer}
         self.shapes: dict[str, onnx.TypeProto] = {}
         self.decided: dict[str, int] = {}  # float value → its type; constants are not in it
@@ -118,9 +127,10 @@ class _Typer:
         values = [name for name in floats if name not in self.constants]
         sources = frozenset().union(*(self.sources[name] for name in values))
         kind = self.choose(node, floats, values, sources)
+        exact = node.domain == DOMAIN and placeholder_name(node) in self.static
         for index, name in enumerate(node.input):
             if name in floats:
-                node.input[index] = self.read(name, kind)
+                node.input[index] = self.read(name, FLOAT if exact else kind)
         for name in node.output:
             if self.is_float(name):
                 self.decided[name], self.sources[name] = kind, sources
@@ -194,11 +204,6 @@ def _forget_invented(value: onnx.ValueInfoProto) -> None:
     for dimension in value.type.tensor_type.shape.dim:
         if dimension.dim_param.startswith("unk__"):
             dimension.Clear()
-
-
-def placeholder_name(node: onnx.NodeProto) -> str:
-    """The layer that a placeholder of a traced graph stands for."""
-    return onnx.helper.get_node_attr_value(node, "layer").decode()
 
 
 def largest_values(baseline: Path, inputs: Mapping[str, np.ndarray]) -> dict[str, float]:

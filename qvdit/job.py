@@ -208,11 +208,11 @@ class Job:
             written.append(self.out / KEPT_WEIGHTS)
             if self.settings.target == "tensorrt":
                 example = {name: tensor.numpy() for name, tensor in self.example().items()}
-                graphs = (self.work / "traced.onnx", self.work / "baseline.onnx", self.out / QDQ_MODEL)
+                graphs = (self.work / "traced.onnx", self.work / "baseline.onnx")
                 written.extend(export_tensorrt(TracedModel(*graphs, self.layers, full, example), self.out))
 
-        # A folder exported before its bundle held KEPT_WEIGHTS, or plugin nodes, is exported again.
-        target = [self.settings.target, *(["plugin"] if self.settings.target == "tensorrt" else [])]
+        # A folder exported before its bundle held KEPT_WEIGHTS, or for TensorRT at another opset, is exported again.
+        target = [self.settings.target, *(["opset 18"] if self.settings.target == "tensorrt" else [])]
         key = [self.stages.result("quantize"), self.stages.result("trace"), *target, KEPT_WEIGHTS]
         self.stages.run("export", key, lambda: written, work)
         self._keep_manifest()

@@ -124,9 +124,19 @@ def test_what_would_overflow_is_float32(case: Any) -> None:
             typed = precision.strongly_typed(traced, widths_of(model), largest={value: size})
             types = types_of(typed)
             calls = [node for node in typed.graph.node if node.domain == "qvdit"]
-            found = calls[[precision.placeholder_name(n) for n in calls].index(precision.placeholder_name(call))]
+            found = calls[[graph.placeholder_name(n) for n in calls].index(graph.placeholder_name(call))]
             assert (types[found.input[0]], types[found.output[0]]) == (expected, expected)
     assert types_of(precision.strongly_typed(traced, widths_of(model), "bfloat16", {value: 9000.0}))[value] == BFLOAT
+
+
+def test_static_layers_read_float32_and_write_the_low_type(case: Any) -> None:
+    traced, model, _ = case
+    widths = widths_of(model)
+    typed = precision.strongly_typed(traced, widths, static=widths)
+    types = types_of(typed)
+    for node in typed.graph.node:
+        if node.domain == "qvdit":
+            assert (types[node.input[0]], types[node.output[0]]) == (FLOAT, HALF)
 
 
 def model_of(nodes: list[onnx.NodeProto], constants: dict[str, np.ndarray]) -> onnx.ModelProto:

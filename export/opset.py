@@ -19,9 +19,9 @@ TENSORRT_OPSET = 18
 _IR_VERSION = 8  # of opset 18
 
 # Changed after 18, but only in the types they take or in what we do not use.
-_SAME = {"Cast", "Constant", "ConstantOfShape", "DequantizeLinear", "Equal", "Flatten", "Identity", "Pad"}
-_SAME |= {"QuantizeLinear", "ReduceMax", "ReduceMin", "Reshape", "Resize", "Shape", "Size", "Squeeze", "Transpose"}
-_SAME |= {"Unsqueeze"}
+_SAME = {"Cast", "Constant", "ConstantOfShape", "Equal", "Flatten", "Identity", "Pad", "ReduceMax", "ReduceMin"}
+_SAME |= {"Reshape", "Resize", "Shape", "Size", "Squeeze", "Transpose", "Unsqueeze"}
+_NEW_ATTRIBUTES = {"Cast": "saturate"}  # for types of 8 bits, which we do not have
 
 # The body that ONNX defines, float32. x3 overflows to an infinity of x's sign where tanh is 1 long since.
 _GELU = {
@@ -61,6 +61,9 @@ def lowered(model: onnx.ModelProto) -> onnx.ModelProto:
         if node.op_type == "Gelu" and not node.domain:
             nodes += _gelu(node, result.graph)
         elif node.domain == DOMAIN or _since(node, version.version) <= TENSORRT_OPSET or node.op_type in _SAME:
+            kept = [a for a in node.attribute if a.name != _NEW_ATTRIBUTES.get(node.op_type)]
+            del node.attribute[:]
+            node.attribute.extend(kept)
             nodes.append(node)
         else:
             raise QvditError(

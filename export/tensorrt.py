@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx
 import onnx.helper
 
@@ -32,18 +31,17 @@ from qvdit.export.graph import (
 )
 from qvdit.export.opset import lowered
 from qvdit.export.plugin import plugin_model
-from qvdit.export.precision import LowType, largest_values, strongly_typed
+from qvdit.export.precision import LowType, strongly_typed
 
 
 @dataclass(frozen=True)
 class TracedModel:
-    """A transformer's graph on disk, and what fills it."""
+    """A transformer's graph, and what fills and types it."""
 
-    placeholders: Path  # one placeholder a linear
-    baseline: Path  # the same graph in full precision
+    graph: Path  # one placeholder a linear
     layers: tuple[Layer, ...]
     full_weights: dict[str, FullWeights]  # of the linears that stay in full precision (others are ignored)
-    inputs: dict[str, np.ndarray]  # float32 by name: an example to measure magnitudes on
+    largest: dict[str, float]  # magnitude of each value in full precision, as measured
 
 
 def export_tensorrt(model: TracedModel, bundle: Path, low: LowType = "float16") -> list[Path]:
@@ -63,12 +61,11 @@ def tensorrt_model(model: TracedModel, low: LowType = "float16", merge: bool = T
     widths = {name: layer.shape for name, layer in quantized.items()}
     widths |= {name: (weight.shape[0], weight.shape[1]) for name, (weight, _) in kept.items()}
     static = [layer for layer in model.layers if isinstance(layer, StaticInt8Layer)]
-    largest = largest_values(model.baseline, model.inputs)
     names = [layer.name for layer in static]
-    typed = strongly_typed(onnx.load(model.placeholders), widths, low, largest, names)
+    typed = lowered(strongly_typed(onnx.load(model.graph), widths, low, model.largest, names))
     if len(static) == len(model.layers):
-        return lowered(static_model(typed, static, kept))
-    return lowered(plugin_model(typed, model.layers, kept, merge))
+        return static_model(typed, static, kept)
+    return plugin_model(typed, model.layers, kept, merge)
 
 
 def static_model(

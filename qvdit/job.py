@@ -196,6 +196,7 @@ class Job:
         """Write the ONNX files, what is not quantized, and the manifest that makes the folder a bundle."""
         from qvdit.export.bundle import export_onnx
         from qvdit.export.tensorrt import TracedModel, export_tensorrt
+        from qvdit.magnitudes import largest_values
         from qvdit.models import kept
 
         written: list[Path] = []
@@ -208,8 +209,9 @@ class Job:
             written.append(self.out / KEPT_WEIGHTS)
             if self.settings.target == "tensorrt":
                 example = {name: tensor.numpy() for name, tensor in self.example().items()}
-                graphs = (self.work / "traced.onnx", self.work / "baseline.onnx")
-                written.extend(export_tensorrt(TracedModel(*graphs, self.layers, full, example), self.out))
+                largest = largest_values(self.work / "baseline.onnx", example, self.settings.threads)
+                traced = TracedModel(self.work / "traced.onnx", self.layers, full, largest)
+                written.extend(export_tensorrt(traced, self.out))
 
         # A folder exported before its bundle held KEPT_WEIGHTS, or for TensorRT at another opset, is exported again.
         target = [self.settings.target, *(["opset 18"] if self.settings.target == "tensorrt" else [])]

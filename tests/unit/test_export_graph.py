@@ -236,8 +236,8 @@ def test_static_layers_for_tensorrt(traced_wan: onnx.ModelProto, wan_model: Any,
     layers = static_layers(wan_model, smooth=True)
     widths = {layer.name: layer.shape for layer in layers}
     layers, kept = layers[:-1], layers[-1].name
-    typed = strongly_typed(traced_wan, widths, static=[layer.name for layer in layers])
-    model = lowered(static_model(typed, layers, {kept: full_weights(wan_model, kept)}))
+    typed = lowered(strongly_typed(traced_wan, widths, static=[layer.name for layer in layers]))
+    model = static_model(typed, layers, {kept: full_weights(wan_model, kept)})
     onnx.checker.check_model(model, full_check=True)
     assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 18)]
     held = constants(model)

@@ -41,6 +41,13 @@ def test_gelu(attributes: dict[str, str]) -> None:
     np.testing.assert_allclose(run(found, x), run(model, x), rtol=1e-5, atol=1e-6)
 
 
+def test_cast_loses_what_opset_18_does_not_know() -> None:
+    make = onnx.helper.make_node
+    model = model_of(make("Cast", ["x"], ["h"], to=TensorProto.FLOAT16, saturate=1), make("Cast", ["h"], ["y"], to=1))
+    x = np.arange(3, dtype=np.float32)
+    np.testing.assert_array_equal(run(lowered(model), x), x)
+
+
 def test_an_operator_with_no_way_there_is_refused() -> None:
     nodes = [onnx.helper.make_node("GroupNormalization", ["x", "s", "b"], ["y"], num_groups=2)]
     with pytest.raises(QvditError, match=r"GroupNormalization of opset 21.*opset 18"):

@@ -217,7 +217,7 @@ def run_torch(model: Any, inputs: dict[str, torch.Tensor]) -> np.ndarray:
 
 def lower(traced: onnx.ModelProto, layers: tuple[LowBitLayer, ...], **options: Any) -> onnx.ModelProto:
     typed = strongly_typed(traced, {layer.name: layer.shape for layer in layers})
-    return lowered(plugin.plugin_model(typed, layers, **options))
+    return plugin.plugin_model(lowered(typed), layers, **options)
 
 
 KINDS = [(4, 8, True, 1), (3, 6, False, 2), (8, 8, True, 0)]
@@ -284,6 +284,17 @@ def test_every_value_is_described(traced_wan: onnx.ModelProto, wan_model: Any, r
             n = onnx.helper.get_node_attr_value(node, "out_features")
             assert (described[y].elem_type, described[y].shape.dim[-1].dim_value) == (TensorProto.FLOAT16, n)
             assert described[node.input[0]].elem_type == TensorProto.FLOAT16
+
+
+def test_bfloat16(traced_wan: onnx.ModelProto, wan_model: Any, rtn_layers: Any) -> None:
+    layers = rtn_layers(wan_model, 16)
+    typed = lowered(strongly_typed(traced_wan, {layer.name: layer.shape for layer in layers}, "bfloat16"))
+    model = plugin.plugin_model(typed, layers)
+    onnx.checker.check_model(model, full_check=True)
+    described = {value.name: value.type.tensor_type.elem_type for value in model.graph.value_info}
+    calls = [node for node in model.graph.node if node.domain == "qvdit"]
+    assert {described[name] for node in calls for name in (node.input[0], *node.output)} == {TensorProto.BFLOAT16}
+    assert TensorProto.FLOAT16 not in {*described.values(), *(t.data_type for t in model.graph.initializer)}
 
 
 def test_kept_layers_have_their_inputs_type(traced_wan: onnx.ModelProto, wan_model: Any, rtn_layers: Any) -> None:

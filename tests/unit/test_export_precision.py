@@ -13,8 +13,10 @@ import pytest
 import torch
 from onnx import TensorProto
 
+from qvdit.contract import QvditError
 from qvdit.contract.parity import relative_error
 from qvdit.export import graph, plugin, precision
+from qvdit.magnitudes import largest_values
 from qvdit.models import ADAPTERS
 from qvdit.runtimes.onnxruntime import session
 
@@ -85,7 +87,7 @@ def test_types_by_operator(case: Any, low: Any, kind: int) -> None:
         if {name for name in node.input if types[name] in floats} - constants <= branch and read:
             branch |= set(node.output)
             assert read == {FLOAT}
-        elif node.op_type in EXACT:
+        elif node.op_type in EXACT or (node.op_type == "Conv" and kind == BFLOAT):
             assert read == {FLOAT}
         elif node.op_type in ("MatMul", "Gemm", "Conv", "LowBitLinear"):
             assert read | {types[name] for name in node.output} == {kind}
@@ -200,5 +202,13 @@ def test_largest_values(tmp_path: Path) -> None:
         size_threshold=0,
     )
     x = np.array([[1, -7, 3, 0], [2, 2, 2, 2]], np.float32)
-    assert precision.largest_values(path, {"x": x}) == {"x": 7.0, "p": 14.0, "y": 14.0}
+    assert largest_values(path, {"x": x}, 1) == {"x": 7.0, "p": 14.0, "y": 14.0}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["baseline.onnx", "baseline.onnx.data"]
+
+
+def test_a_model_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "baseline.onnx"
+    onnx.save(model_of([onnx.helper.make_node("Log", ["x"], ["y"])], {}), path)
+    with pytest.raises(QvditError, match="'y' is not finite"):
+        largest_values(path, {"x": np.zeros((2, 4), np.float32)}, 1)
+    assert [p.name for p in tmp_path.iterdir()] == ["baseline.onnx"]

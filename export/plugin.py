@@ -55,8 +55,9 @@ def plugin_model(
 ) -> onnx.ModelProto:
     """A strongly typed graph with plugin nodes in the placeholders.
 
-    kept: weights of the linears that stay in full precision; they get a MatMul of their placeholder's type. merge: layers of
-    one input share a node where the kernels can (:func:`same_input`). Layers that they do not serve raise QvditError.
+    kept: weights of the linears that stay in full precision; they get a MatMul of their placeholder's type. merge:
+    layers of one input share a node where the kernels can (:func:`same_input`). Layers that the kernels do not serve
+    raise QvditError.
     """
     refuse_unserved({layer.name: unserved(layer) for layer in layers})
     low_bit = [layer for layer in layers if isinstance(layer, LowBitLayer)]

@@ -440,7 +440,7 @@ def _refuse_engine(job: Job) -> None:
 
     missing = missing_for_tensorrt() or "a version of qvdit without the engine builder"
     static = job.recipe.kind == "static"
-    needs = "TensorRT and a GPU" if static else "TensorRT, a GPU and a build of the LowBitLinear plugin"
+    needs = "TensorRT >= 10 and a GPU" if static else "TensorRT >= 10, a GPU and a build of the LowBitLinear plugin"
     library = "" if static else "--plugins=PLUGIN.so "
     fix = (
         f"everything up to the engine is in {job.out}: copy it to a machine with {needs} and run there: "

@@ -38,6 +38,12 @@ class GraphEditor:
         self.graph.initializer.append(tensor)
         return name
 
+    def describe_like(self, name: str, like: str, features: int) -> None:
+        """Note a value's type and shape: those of ``like``, if they are noted, with another last dimension."""
+        for value in [value for value in self.graph.value_info if value.name == like]:
+            described = self.graph.value_info.add(name=name, type=value.type)
+            described.type.tensor_type.shape.dim[-1].dim_value = features
+
 
 def fill(traced: onnx.ModelProto, fills: dict[str, Fill]) -> onnx.ModelProto:
     """A copy of the traced graph with every placeholder replaced by its layer's fill."""
@@ -47,8 +53,7 @@ def fill(traced: onnx.ModelProto, fills: dict[str, Fill]) -> onnx.ModelProto:
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
         if node.domain == DOMAIN:
-            name = onnx.helper.get_attribute_value(node.attribute[0]).decode()
-            nodes += fills[name](node, editor)
+            nodes += fills[placeholder_name(node)](node, editor)
         else:
             nodes.append(node)
     del model.graph.node[:]
@@ -64,25 +69,27 @@ def quantized_model(
     kept: weights of the linears that stay in full precision.
     """
     fills = {
-        layer.name: _low_bit(layer) if isinstance(layer, LowBitLayer) else _static(layer, body) for layer in layers
+        layer.name: _low_bit(layer) if isinstance(layer, LowBitLayer) else static_int8(layer, body) for layer in layers
     }
-    fills |= {name: _plain(*weights) for name, weights in (kept or {}).items()}
+    fills |= {name: plain(*weights) for name, weights in (kept or {}).items()}
     model = fill(traced, fills)
     variants = {Variant.of(layer): None for layer in layers if isinstance(layer, LowBitLayer)}
     model.functions.extend(function(variant, body) for variant in variants)
     if not variants:  # a static model has no node of ours
-        _drop_domain(model)
+        drop_domain(model)
     return model
 
 
 def baseline_model(traced: onnx.ModelProto, weights: dict[str, FullWeights]) -> onnx.ModelProto:
     """The full-precision model: a MatMul and an Add in every placeholder."""
-    model = fill(traced, {name: _plain(*arrays) for name, arrays in weights.items()})
-    _drop_domain(model)
+    model = fill(traced, {name: plain(*arrays) for name, arrays in weights.items()})
+    drop_domain(model)
     return model
 
 
-def _plain(weight: np.ndarray, bias: np.ndarray | None) -> Fill:
+def plain(weight: np.ndarray, bias: np.ndarray | None) -> Fill:
+    """A linear in full precision, weight [N, K] and bias [N]: a MatMul and an Add."""
+
     def build(node: onnx.NodeProto, editor: GraphEditor) -> list[onnx.NodeProto]:
         out = node.output[0]
         transposed = editor.constant(f"{out}:weight", np.ascontiguousarray(weight.T))
@@ -97,6 +104,23 @@ def _plain(weight: np.ndarray, bias: np.ndarray | None) -> Fill:
     return build
 
 
+def plain_fills(typed: onnx.ModelProto, weights: dict[str, FullWeights]) -> dict[str, Fill]:
+    """:func:`plain` for placeholders whose outputs have types of their own: the weights get these types."""
+    types = {value.name: value.type.tensor_type.elem_type for value in typed.graph.value_info}
+    fills = {}
+    for node in typed.graph.node:
+        if node.domain == DOMAIN and placeholder_name(node) in weights:
+            weight, bias = weights[placeholder_name(node)]
+            kind = onnx.helper.tensor_dtype_to_np_dtype(types[node.output[0]])
+            fills[placeholder_name(node)] = plain(weight.astype(kind), None if bias is None else bias.astype(kind))
+    return fills
+
+
+def placeholder_name(node: onnx.NodeProto) -> str:
+    """The layer that a placeholder of a traced graph stands for."""
+    return onnx.helper.get_node_attr_value(node, "layer").decode()
+
+
 def weight_type(bits: int) -> int:
     """ONNX has no 3- or 6-bit integers: 2, 3 and 4 bits travel as INT4, 6 and 8 as INT8."""
     return TensorProto.INT4 if bits <= 4 else TensorProto.INT8
@@ -107,7 +131,8 @@ def check(path: str) -> None:
     onnx.checker.check_model(path, full_check=True)
 
 
-def _drop_domain(model: onnx.ModelProto) -> None:
+def drop_domain(model: onnx.ModelProto) -> None:
+    """Take our domain out of a model that has no node of it."""
     kept = [opset for opset in model.opset_import if opset.domain != DOMAIN]
     del model.opset_import[:]
     model.opset_import.extend(kept)
@@ -153,7 +178,8 @@ def _tokens_per_frame(layer: LowBitLayer, x: str, editor: GraphEditor) -> tuple[
     return per_frame, [*nodes, onnx.helper.make_node("Div", [length, frames], [per_frame])]
 
 
-def _static(layer: StaticInt8Layer, body: Body) -> Fill:
+def static_int8(layer: StaticInt8Layer, body: Body) -> Fill:
+    """A static layer as plain Q/DQ around a float32 MatMul."""
     # TensorRT wants signed activations and zero point 0; ONNX Runtime on x86 is eight times as fast with unsigned ones.
     zero_point = np.int8(0) if body == "qdq" else np.uint8(128)
 

@@ -1,42 +1,89 @@
-"""The TensorRT target, as far as it goes without an engine: a strongly typed FP16 model for static INT8 layers.
+"""The TensorRT target, as far as it goes without an engine: ``tensorrt/model.onnx``, strongly typed, opset 18.
 
-NVIDIA ModelOpt's AutoCast chooses what runs in FP16 by running the model once and keeping in FP32 what would overflow.
-LowBitLinear nodes need a plugin, so models that have them get no file here.
+Layers with dynamic activations become nodes of the LowBitLinear plugin; static INT8 layers are plain Q/DQ, for which
+TensorRT has kernels of its own. NVIDIA ModelOpt's AutoCast cannot type the former (it runs the model to see what would
+overflow) and rounds the latter's scales to FP16, so both are typed by :mod:`qvdit.export.precision`.
 """
 
 from __future__ import annotations
 
-import logging
-import tempfile
-import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+import onnx
+import onnx.helper
 
 from qvdit.contract.bundle import TENSORRT_MODEL
 from qvdit.contract.layer import Layer, StaticInt8Layer
 from qvdit.export.files import save_model
-from qvdit.export.graph import check
+from qvdit.export.functions import DOMAIN
+from qvdit.export.graph import (
+    Fill,
+    FullWeights,
+    GraphEditor,
+    check,
+    drop_domain,
+    fill,
+    placeholder_name,
+    plain_fills,
+    static_int8,
+)
+from qvdit.export.opset import lowered
+from qvdit.export.plugin import plugin_model
+from qvdit.export.precision import LowType, strongly_typed
 
 
-def export_tensorrt(qdq: Path, layers: tuple[Layer, ...], inputs: dict[str, np.ndarray], bundle: Path) -> list[Path]:
-    """Write ``tensorrt/model.onnx`` where every layer is static INT8; returns its files, none otherwise.
+@dataclass(frozen=True)
+class TracedModel:
+    """A transformer's graph, and what fills and types it."""
 
-    qdq: the interchange model. inputs: float32 by name, an example that AutoCast measures ranges on.
+    graph: Path  # one placeholder a linear
+    layers: tuple[Layer, ...]
+    full_weights: dict[str, FullWeights]  # of the linears that stay in full precision (others are ignored)
+    largest: dict[str, float]  # magnitude of each value in full precision, as measured
+
+
+def export_tensorrt(model: TracedModel, bundle: Path, low: LowType = "float16") -> list[Path]:
+    """Write ``tensorrt/model.onnx``, checked in full; returns its files.
+
+    low: bfloat16 needs TensorRT 10. Layers that the plugin does not compute raise QvditError, and nothing is written.
     """
-    if not all(isinstance(layer, StaticInt8Layer) for layer in layers):
-        return []
-    from modelopt.onnx.autocast import convert_to_mixed_precision
-
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for name in ("modelopt.onnx", "modelopt.onnx.autocast"):
-            logging.getLogger(name).setLevel(logging.ERROR)  # it tells of every node it leaves in FP32
-        example = Path(folder) / "inputs.npz"
-        np.savez(example, **inputs)  # type: ignore[arg-type]
-        model = convert_to_mixed_precision(
-            str(qdq), low_precision_type="fp16", keep_io_types=True, providers=["cpu"], calibration_data=str(example)
-        )
-    files = save_model(model, bundle / TENSORRT_MODEL)
+    files = save_model(tensorrt_model(model, low), bundle / TENSORRT_MODEL)
     check(str(bundle / TENSORRT_MODEL))
     return files
+
+
+def tensorrt_model(model: TracedModel, low: LowType = "float16", merge: bool = True) -> onnx.ModelProto:
+    """The model for TensorRT; merge: one plugin node for queries, keys and values where they allow it."""
+    quantized = {layer.name: layer for layer in model.layers}
+    kept = {name: weights for name, weights in model.full_weights.items() if name not in quantized}
+    widths = {name: layer.shape for name, layer in quantized.items()}
+    widths |= {name: (weight.shape[0], weight.shape[1]) for name, (weight, _) in kept.items()}
+    static = [layer for layer in model.layers if isinstance(layer, StaticInt8Layer)]
+    names = [layer.name for layer in static]
+    typed = lowered(strongly_typed(onnx.load(model.graph), widths, low, model.largest, names))
+    if len(static) == len(model.layers):
+        return static_model(typed, static, kept)
+    return plugin_model(typed, model.layers, kept, merge)
+
+
+def static_model(
+    typed: onnx.ModelProto, layers: Sequence[StaticInt8Layer], kept: dict[str, FullWeights]
+) -> onnx.ModelProto:
+    """A strongly typed graph with Q/DQ in the placeholders, float32 inside and cast to their output's type."""
+    types = {value.name: value.type.tensor_type.elem_type for value in typed.graph.value_info}
+    outputs = {placeholder_name(node): node.output[0] for node in typed.graph.node if node.domain == DOMAIN}
+    fills = {layer.name: _cast_after(static_int8(layer, "qdq"), types[outputs[layer.name]]) for layer in layers}
+    model = fill(typed, fills | plain_fills(typed, kept))
+    drop_domain(model)
+    return model
+
+
+def _cast_after(inner: Fill, kind: int) -> Fill:
+    def build(node: onnx.NodeProto, editor: GraphEditor) -> list[onnx.NodeProto]:
+        (y,) = node.output
+        node.output[0] = f"{y}:exact"
+        return [*inner(node, editor), onnx.helper.make_node("Cast", [f"{y}:exact"], [y], to=kind)]
+
+    return build

@@ -440,12 +440,11 @@ def _refuse_engine(job: Job) -> None:
 
     missing = missing_for_tensorrt() or "a version of qvdit without the engine builder"
     static = job.recipe.kind == "static"
+    needs = "TensorRT >= 10 and a GPU" if static else "TensorRT >= 10, a GPU and a build of the LowBitLinear plugin"
+    library = "" if static else "--plugins=PLUGIN.so "
     fix = (
-        f"copy {job.out} to a machine with TensorRT >= 10 and run there: "
-        f"trtexec --stronglyTyped --onnx={job.out}/tensorrt/model.onnx"
-        if static
-        else f"everything up to the engine is in {job.out}; its LowBitLinear nodes need the plugin, which this version "
-        "does not have yet: use --target onnxruntime, or --recipe int8-static --bits w8a8, whose ONNX needs none"
+        f"everything up to the engine is in {job.out}: copy it to a machine with {needs} and run there: "
+        f"trtexec --stronglyTyped {library}--onnx={job.out}/tensorrt/model.onnx"
     )
     raise QvditError(missing, "TensorRT and a GPU to build an engine", fix)
 

@@ -28,7 +28,8 @@ from qvdit.contract.bundle import (
     write_manifest,
 )
 from qvdit.contract.files import read_json, sha256, write_json
-from qvdit.contract.layer import Layer, WeightSize
+from qvdit.contract.kernels import unserved_shape
+from qvdit.contract.layer import Layer, WeightSize, group_size
 from qvdit.method import calibration, quantization, statistics
 from qvdit.method.calibration import Progress, no_progress
 from qvdit.models.loading import SourceModel, find_model
@@ -114,6 +115,8 @@ class Job:
         """Run the stages up to ``last``, reusing what is finished."""
         if self.settings.layer_bits:
             self._check_layer_bits()
+        if self.settings.target == "tensorrt" and self.recipe.kind == "dynamic":
+            self._check_plugin()
         for name in STAGES[: STAGES.index(last) + 1]:
             with self.observe(name) as progress:
                 getattr(self, name)(progress)
@@ -192,7 +195,8 @@ class Job:
     def export(self, progress: Progress) -> None:
         """Write the ONNX files, what is not quantized, and the manifest that makes the folder a bundle."""
         from qvdit.export.bundle import export_onnx
-        from qvdit.export.tensorrt import export_tensorrt
+        from qvdit.export.tensorrt import TracedModel, export_tensorrt
+        from qvdit.magnitudes import largest_values
         from qvdit.models import kept
 
         written: list[Path] = []
@@ -205,10 +209,13 @@ class Job:
             written.append(self.out / KEPT_WEIGHTS)
             if self.settings.target == "tensorrt":
                 example = {name: tensor.numpy() for name, tensor in self.example().items()}
-                written.extend(export_tensorrt(self.out / QDQ_MODEL, self.layers, example, self.out))
+                largest = largest_values(self.work / "baseline.onnx", example, self.settings.threads)
+                traced = TracedModel(self.work / "traced.onnx", self.layers, full, largest)
+                written.extend(export_tensorrt(traced, self.out))
 
-        # A folder exported before its bundle held KEPT_WEIGHTS is exported again.
-        key = [self.stages.result("quantize"), self.stages.result("trace"), self.settings.target, KEPT_WEIGHTS]
+        # A folder exported before its bundle held KEPT_WEIGHTS, or for TensorRT at another opset, is exported again.
+        target = [self.settings.target, *(["opset 18"] if self.settings.target == "tensorrt" else [])]
+        key = [self.stages.result("quantize"), self.stages.result("trace"), *target, KEPT_WEIGHTS]
         self.stages.run("export", key, lambda: written, work)
         self._keep_manifest()
 
@@ -318,6 +325,20 @@ class Job:
                     f"a pattern for the names {names[0]} … {names[-1]}",
                     "check the pattern",
                 )
+
+    def _check_plugin(self) -> None:
+        """Refuse layers that the TensorRT plugin will not compute, before hours are spent on them."""
+        from qvdit.export.plugin import refuse_unserved
+
+        reasons = {}
+        for site in self.sites:
+            linear = self.pipeline.transformer.get_submodule(site.name)
+            k = linear.in_features
+            group = group_size(k, self.recipe.weights.group)
+            rank = min(self.recipe.tqe.rank, *linear.weight.shape)
+            if self.recipe.weight_bits(site.name, self.bits.weight) != 16:
+                reasons[site.name] = unserved_shape(k, group, rank)
+        refuse_unserved(reasons)
 
     def _withdraw(self) -> None:
         """Take away, manifest first, what tells of an earlier export: from here on the folder is no whole bundle."""

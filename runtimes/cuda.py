@@ -15,8 +15,6 @@ from pathlib import Path
 from qvdit.contract import QvditError
 
 ABI = 3  # QVDIT_ABI
-MAX_FEATURES = 16384
-MAX_RANK = 32
 STORED_ZERO = 128  # asymmetric x_q and z_x are stored less this, to fit int8
 
 VARIABLE = "QVDIT_KERNELS"  # names the library's file

@@ -6,58 +6,12 @@ T frames, P tokens per frame.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import torch
 
 from qvdit.contract import LowBitLayer
-from qvdit.contract.layer import Layer
-from qvdit.contract.packing import pack
-from qvdit.runtimes import cuda, torch_ops  # noqa: F401  (torch_ops registers the operators)
-
-SEGMENT = 128  # a merged layer's N is a multiple of this: a tile of the GEMM then lies in one layer
-
-
-def unserved(layer: Layer) -> str | None:
-    """Why the kernels cannot compute a layer, or None."""
-    if not isinstance(layer, LowBitLayer):
-        return "static activations"
-    if layer.weight_scale.ndim > 1:
-        return "groups"
-    if layer.rotation:
-        return "rotation"
-    if layer.shape[1] > cuda.MAX_FEATURES:
-        return f"more than {cuda.MAX_FEATURES} input features"
-    if layer.rank > cuda.MAX_RANK:
-        return f"rank above {cuda.MAX_RANK}"
-    return None
-
-
-def mergeable(layers: Sequence[Layer]) -> bool:
-    """Whether layers that read the same input can be one :class:`KernelLinear`.
-
-    They must quantize it alike, and their weights must be of one shape, one width and one rank; gains may differ.
-    """
-    low_bit = [layer for layer in layers if isinstance(layer, LowBitLayer) and unserved(layer) is None]
-    if len(low_bit) < len(layers):
-        return False
-    first = low_bit[0]
-    ranks = sum(layer.rank for layer in low_bit)
-    return first.shape[0] % SEGMENT == 0 and ranks <= cuda.MAX_RANK and all(_alike(first, other) for other in low_bit)
-
-
-def _alike(a: LowBitLayer, b: LowBitLayer) -> bool:
-    def kind(layer: LowBitLayer) -> tuple[object, ...]:
-        gain = None if layer.frame_gain is None else (layer.rows, len(layer.frame_gain))
-        widths = (layer.weight_bits, layer.act_bits, layer.act_symmetric)
-        return (layer.shape, *widths, layer.rank, gain, layer.weight_zero is None)
-
-    return kind(a) == kind(b) and _same(a.inv_smooth, b.inv_smooth)
-
-
-def _same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
-    return a is b if a is None or b is None else np.array_equal(a, b)
+from qvdit.contract.kernels import KernelConstants, mergeable, unserved
+from qvdit.runtimes import torch_ops  # noqa: F401  (torch_ops registers the operators)
 
 
 class KernelLinear(torch.nn.Module):
@@ -89,11 +43,11 @@ class KernelLinear(torch.nn.Module):
         self.names = tuple(layer.name for layer in layers)
         self.in_features, self.out_features = first.shape[1], sum(layer.shape[0] for layer in layers)
         self.weight_bits, self.act_bits, self.act_symmetric = first.weight_bits, first.act_bits, first.act_symmetric
-        self.rank, self.rows = first.rank, first.rows
+        self.rank, self.rows, self.rotation = first.rank, first.rows, first.rotation
         self.frames = 0 if first.frame_gain is None or not first.rank else len(first.frame_gain)
         self.row_sums = first.weight_zero is not None and first.weight_bits == 8
         self.segment = first.shape[0]
-        for name, value in _buffers(layers).items():
+        for name, value in vars(KernelConstants.of(layers)).items():
             self.register_buffer(name, None if value is None else torch.from_numpy(np.array(value, order="C")))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -106,6 +60,7 @@ class KernelLinear(torch.nn.Module):
             frame_gain=self.frame_gain,
             tokens_per_frame=self.tokens_per_frame(x),
             row_sums=self.row_sums,
+            rotation=self.rotation,
         )
         y = torch.ops.qvdit.low_bit_linear(
             *rows,
@@ -136,36 +91,3 @@ class KernelLinear(torch.nn.Module):
     def extra_repr(self) -> str:
         kind = f"w{self.weight_bits}a{self.act_bits}, rank={self.rank}"
         return f"in_features={self.in_features}, out_features={self.out_features}, {kind}"
-
-
-def _buffers(layers: Sequence[LowBitLayer]) -> dict[str, np.ndarray | None]:
-    """A :class:`KernelLinear`'s tensors, shapes as there."""
-    first = layers[0]
-    alphas = [layer.alpha.T for layer in layers if layer.alpha is not None]
-    betas = [layer.beta for layer in layers if layer.beta is not None]
-    gains = [layer.frame_gain for layer in layers if layer.frame_gain is not None and layer.rank]
-    packed = [pack(layer.weight_q, layer.weight_bits, layer.weight_zero) for layer in layers]
-    return {
-        "words": np.concatenate(packed).view(np.int32),
-        "weight_scale": np.concatenate([layer.weight_scale for layer in layers]),
-        "weight_zero": _joined([layer.weight_zero for layer in layers]),
-        "bias": _biases(layers),
-        "inv_smooth": first.inv_smooth,
-        "alpha": np.concatenate(alphas).astype(np.float32) if alphas else None,
-        "beta": np.concatenate(betas, axis=1).astype(np.float32) if betas else None,
-        "frame_gain": np.stack(gains) if gains else None,
-    }
-
-
-def _joined(arrays: Sequence[np.ndarray | None]) -> np.ndarray | None:
-    """Arrays [N] one after the other; None where there are none."""
-    found = [array for array in arrays if array is not None]
-    return np.concatenate(found) if found else None
-
-
-def _biases(layers: Sequence[LowBitLayer]) -> np.ndarray | None:
-    """Biases one after the other, zeros where a layer has none; None where no layer has one."""
-    if all(layer.bias is None for layer in layers):
-        return None
-    biases = [np.zeros(layer.shape[0]) if layer.bias is None else layer.bias for layer in layers]
-    return np.concatenate(biases).astype(np.float32)

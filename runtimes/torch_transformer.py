@@ -17,11 +17,12 @@ from accelerate import init_empty_weights
 
 from qvdit.contract import QvditError, checkpoint
 from qvdit.contract.bundle import KEPT_WEIGHTS, Manifest
+from qvdit.contract.kernels import mergeable, unserved
 from qvdit.contract.layer import Layer, LowBitLayer
 from qvdit.method.lowbit import frozen_linear
 from qvdit.models import ADAPTERS, Fusion, ModelAdapter, kept
 from qvdit.runtimes import cuda
-from qvdit.runtimes.torch_linear import KernelLinear, mergeable, unserved
+from qvdit.runtimes.torch_linear import KernelLinear
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

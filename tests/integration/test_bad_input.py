@@ -83,6 +83,15 @@ def test_bad_option(options: tuple[str, ...], words: tuple[str, ...], export: An
     assert not (tmp_path / "out").exists()
 
 
+def test_layers_without_tensorrt_kernels(export: Any, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("name: mine\nsource: me\nweights: {group: 16}\n")
+    line = assert_refused(export("--recipe", recipe, "--target", "tensorrt"), "blocks.0.attn1.to_q (groups)")
+    assert "20 layers" in line
+    assert "--target onnxruntime" in line
+    assert_nothing_written(tmp_path / "out")
+
+
 def test_static_recipe_at_other_bits(export: Any, tmp_path: Path) -> None:
     assert_refused(export("--recipe", "int8-static", "--bits", "w4a8"), "w4a8", "w8a8")
     assert not (tmp_path / "out" / "manifest.json").exists()

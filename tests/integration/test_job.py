@@ -23,7 +23,8 @@ from safetensors.numpy import load_file, save_file
 
 from qvdit.contract import QvditError, checkpoint
 from qvdit.contract.bundle import PARITY_INPUTS, PARITY_REFERENCE, verify
-from qvdit.contract.layer import WeightSize
+from qvdit.contract.layer import WeightSize, arrays
+from qvdit.export.plugin import with_placeholders
 from qvdit.job import STAGES
 from qvdit.method import recipe as recipes
 from qvdit.runtimes.parity import check_bundle
@@ -200,9 +201,11 @@ def test_another_recipe_in_the_same_folder(recipe: str, bits: str, copied: Path,
     text = {layer.name for layer in layers if ".attn2.to_k" in layer.name or ".attn2.to_v" in layer.name}
     temporal = {layer.name for layer in layers if ".attn1." in layer.name}
     assert gained == {"qvdit": set(names_of(layers)) - text, "q-vdit-paper": temporal, "smoothquant": set()}[recipe]
-    smoothed = recipe == "smoothquant" or (recipe, bits) == ("q-vdit-paper", "w4a8")
+    # A rotation's random signs are kept where a smoothing scale is.
+    smoothed = recipe == "smoothquant" or (recipe, bits) in (("q-vdit-paper", "w4a8"), ("qvdit", "w3a6"))
     assert {layer.inv_smooth is not None for layer in layers} == {smoothed}
-    assert {layer.act_symmetric for layer in layers} == {recipe != "q-vdit-paper"}
+    asymmetric = recipe == "q-vdit-paper" or (recipe, bits) == ("qvdit", "w3a6")
+    assert {layer.act_symmetric for layer in layers} == {not asymmetric}
 
 
 @pytest.mark.usefixtures("quick")
@@ -608,10 +611,41 @@ def test_tensorrt_target_writes_all_but_the_engine(copied: Path, wan_folder: Pat
     assert code == 2
     (line,) = stderr.splitlines()
     assert line.startswith("error: got ")
-    assert verify(copied).target == "tensorrt"
+    for part in ("plugin", "trtexec --stronglyTyped --plugins=", f"--onnx={copied}/tensorrt/model.onnx"):
+        assert part in line
+    manifest = verify(copied)
+    assert manifest.target == "tensorrt"
+    assert "tensorrt/model.onnx" in manifest.files
     report = read(copied / "report.json")
     assert report["target"] == "tensorrt"
     assert_parity(report)
+    model = onnx.load(copied / "tensorrt" / "model.onnx")
+    assert len(model.functions) == 0
+    _, found = with_placeholders(model)
+    held = {layer.name: arrays(layer) for layer in checkpoint.load(copied / "quantized").layers}
+    assert {layer.name for layer in found} == set(held)
+    for layer in found:
+        for name, value in arrays(layer).items():
+            np.testing.assert_array_equal(value, held[layer.name][name])
+
+
+@pytest.mark.usefixtures("quick")
+def test_tensorrt_target_with_a_kept_layer(copied: Path, make_job: Any) -> None:
+    make_job(copied, target="tensorrt", layer_bits={"blocks.1.attn2.to_q": 16}).run("export")
+    model = onnx.load(copied / "tensorrt" / "model.onnx")
+    _, found = with_placeholders(model)
+    assert len(found) == LAYERS - 1
+    make_job(copied).run("export")
+    assert not (copied / "tensorrt" / "model.onnx").exists()
+
+
+@pytest.mark.usefixtures("quick")
+def test_tensorrt_target_with_static_layers(copied: Path, make_job: Any) -> None:
+    pytest.importorskip("modelopt")
+    make_job(copied, recipe="int8-static", bits="w8a8", target="tensorrt").run("export")
+    model = onnx.load(copied / "tensorrt" / "model.onnx")
+    assert {node.domain for node in model.graph.node} == {""}
+    assert "tensorrt/model.onnx" in verify(copied).files
 
 
 @pytest.mark.usefixtures("quick")

@@ -18,6 +18,9 @@ from qvdit.contract import WEIGHT_BITS, FrameRows, LowBitLayer, StaticInt8Layer
 from qvdit.contract.parity import relative_error
 from qvdit.export import graph
 from qvdit.export.files import save_model
+from qvdit.export.opset import lowered
+from qvdit.export.precision import strongly_typed
+from qvdit.export.tensorrt import static_model
 from qvdit.method.reference import quantized_transformer
 from qvdit.models import ADAPTERS
 from qvdit.runtimes.onnxruntime import session
@@ -227,6 +230,26 @@ def test_static_layers_are_plain_qdq(
     onnx.checker.check_model(model, full_check=True)
     inputs = example_inputs((3, 16, 16, 32), 64, 1, 5, seed=8)
     assert_parity(run_onnx(model, inputs), wan_model, layers, inputs)
+
+
+def test_static_layers_for_tensorrt(traced_wan: onnx.ModelProto, wan_model: Any, example_inputs: Any) -> None:
+    layers = static_layers(wan_model, smooth=True)
+    widths = {layer.name: layer.shape for layer in layers}
+    layers, kept = layers[:-1], layers[-1].name
+    typed = lowered(strongly_typed(traced_wan, widths, static=[layer.name for layer in layers]))
+    model = static_model(typed, layers, {kept: full_weights(wan_model, kept)})
+    onnx.checker.check_model(model, full_check=True)
+    assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 18)]
+    held = constants(model)
+    for node in model.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            assert held[node.input[1]].data_type == TensorProto.FLOAT
+    inputs = example_inputs((3, 16, 32, 32), 64, seed=8)
+    found, full = run_onnx(model, inputs), run_torch(wan_model, inputs)
+    quantized = run_torch(quantized_transformer(wan_model, layers), inputs)
+    distance = relative_error(quantized, full)
+    assert relative_error(found, quantized) < 0.3 * distance  # FP16 between the layers
+    assert relative_error(found, full) == pytest.approx(distance, rel=0.1)
 
 
 # What is in the file --------------------------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ LAYER = {
     "segment": 256,
     "rows": 0,
     "frames": 0,
+    "rotation": 0,
     "has_zero": 0,
     "has_bias": 0,
     "has_smooth": 0,
@@ -47,6 +48,7 @@ FULL = LAYER | {
     "segment": 128,
     "rows": 1,
     "frames": 4,
+    "rotation": 4,
     "has_zero": 1,
     "has_bias": 1,
     "has_smooth": 1,
@@ -205,6 +207,9 @@ def test_a_missing_attribute_is_named(core, name):
         ({"rank": -1}, "got rank -1"),
         ({"rows": 4}, "got rows 4, expected 0 (none), 1 (sequence), 2 (spatial) or 3 (temporal)"),
         ({"frames": -1}, "got frames -1"),
+        ({"rotation": 3}, "got rotation 3 of in_features 100, expected 0 or a power of two to 1024 that divides them"),
+        ({"rotation": 8}, "got rotation 8 of in_features 100"),
+        ({"rotation": 2048, "in_features": 4096}, "got rotation 2048"),
         ({"frames": 4, "rows": 1}, "got gains of 4 frames with rank 0 and rows 1, expected a rank"),
         ({"frames": 4, "rank": 1}, "got gains of 4 frames with rank 1 and rows 0, expected a rank and rows"),
     ],
@@ -458,7 +463,14 @@ def test_a_plain_node(core):
         "reserved": 0,
         "weight": pieces["weight"],
     }
-    nothing = {"frames": 0, "ranks_per_gain": 0, "rank": 0, "modulation_stride": 0, "rows_per_modulation": 0}
+    nothing = {
+        "frames": 0,
+        "rotation": 0,
+        "ranks_per_gain": 0,
+        "rank": 0,
+        "modulation_stride": 0,
+        "rows_per_modulation": 0,
+    }
     assert quantize == nothing | {
         "x": given["x"],
         "m": 16,
@@ -502,6 +514,7 @@ def test_a_full_node(core):
     assert (quantize.inv_smooth, quantize.alpha) == (given["inv_smooth"], given["alpha"])
     assert (quantize.rank, quantize.ranks_per_gain) == (6, 3)  # of both linears, of one
     assert (quantize.frames, quantize.frame_gain, quantize.tokens_per_frame) == (4, given["frame_gain"], 2)
+    assert quantize.rotation == 4
     assert (quantize.symmetric, quantize.zero, quantize.u) == (0, pieces["zero"], pieces["u"])
     assert quantize.row_sum == pieces["row_sum"]
     assert (gemm.zero, gemm.weight_sum) == (pieces["zero"], pieces["weight_sum"])

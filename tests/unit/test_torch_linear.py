@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qvdit.contract import FrameRows, StaticInt8Layer
+from qvdit.contract.kernels import mergeable, unserved
 from qvdit.contract.packing import unpack
 from qvdit.method import operator
 from qvdit.method.lowbit import LowBitLinear
-from qvdit.runtimes.torch_linear import KernelLinear, mergeable, unserved
+from qvdit.runtimes.torch_linear import KernelLinear
 
 PARTS = [(), ("zero", "bias"), ("zero", "bias", "smooth", "gain")]
 
@@ -26,11 +27,12 @@ def eager_quantize_rows(
     frame_gain: torch.Tensor | None = None,
     tokens_per_frame: int = 1,
     row_sums: bool = False,
+    rotation: int = 0,
 ) -> tuple[torch.Tensor, ...]:
     """The operator by its definition."""
     flat = x.reshape(-1, x.shape[-1])
     levels = torch.tensor(float(operator.act_levels(act_bits, symmetric)), device=x.device)
-    rows = operator.quantize_rows(operator.transform(flat, inv_smooth), levels, symmetric)
+    rows = operator.quantize_rows(operator.transform(flat, inv_smooth, rotation), levels, symmetric)
     m, centred = len(flat), rows.centred()
     u = x.new_zeros(0, m, dtype=torch.float32) if alpha is None else rows.scale[:, 0] * (alpha @ centred.T)
     if frame_gain is not None:
@@ -121,6 +123,15 @@ def test_forward_is_the_reference(dtype, act_bits, symmetric, bits, parts, rank,
     y, expected = KernelLinear(layer)(x), LowBitLinear(layer)(x)
     assert (y.dtype, y.shape) == (dtype, (2, 8, 6))
     torch.testing.assert_close(y, expected, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5)
+
+
+@pytest.mark.usefixtures("eager")
+def test_a_rotated_layer(low_bit_layer):
+    layers = [low_bit_layer(128, 40, 3, ("smooth",), 1, rotation=8, seed=seed) for seed in range(2)]
+    x = activations(2, 8, 40)
+    expected = [LowBitLinear(layer)(x) for layer in layers]
+    torch.testing.assert_close(KernelLinear(layers[0])(x), expected[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(KernelLinear(*layers)(x), torch.cat(expected, -1), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.usefixtures("eager")
@@ -281,7 +292,6 @@ def test_layers_that_the_kernels_do_not_serve(low_bit_layer):
     wide = low_bit_layer(1, 16416)
     reasons = {
         "groups": grouped,
-        "rotation": low_bit_layer(4, 64, rotation=64),
         "static activations": static,
         "more than 16384 input features": wide,
         "rank above 32": low_bit_layer(4, 64, rank=33),

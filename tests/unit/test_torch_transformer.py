@@ -224,7 +224,7 @@ def test_layers_that_run_eagerly_are_counted_and_named(
 ) -> None:
     layers = {layer.name: layer for layer in checkpoint.load(bundles["wan"] / "quantized").layers}
     for name, changes in {
-        "blocks.0.attn1.to_k": {"rotation": 128},
+        "blocks.0.attn1.to_k": {"weight_scale": np.ones((128, 2), np.float32)},
         "blocks.1.ffn.net.2": {"weight_scale": np.ones((128, 2), np.float32)},
     }.items():
         layers[name] = dataclasses.replace(layers[name], **changes)
@@ -234,7 +234,7 @@ def test_layers_that_run_eagerly_are_counted_and_named(
     (record,) = caplog.records
     assert record.getMessage() == (
         "2 of 20 quantized layers run as PyTorch's slow reference: "
-        "blocks.0.attn1.to_k (rotation), blocks.1.ffn.net.2 (groups)"
+        "blocks.0.attn1.to_k (groups), blocks.1.ffn.net.2 (groups)"
     )
     eager = {name for name, module in model.named_modules() if isinstance(module, LowBitLinear)}
     assert eager == {"blocks.0.attn1.to_k", "blocks.1.ffn.net.2"}

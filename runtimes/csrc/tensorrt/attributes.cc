@@ -10,6 +10,7 @@ namespace {
 constexpr int32_t kMaxFeatures = 16384;  // of qvdit_quantize_rows
 constexpr int32_t kMaxRank = 32;         // of both kernels
 constexpr int32_t kSegmentStep = 128;    // of qvdit_low_bit_gemm
+constexpr int32_t kMaxRotation = 1024;   // of qvdit_quantize_rows
 
 constexpr int32_t kMagic = 0x4C425651;  // "QVBL"
 constexpr int32_t kBlobVersion = 1;     // changes with kFields and with what a field means
@@ -84,6 +85,13 @@ bool validate(const Attributes& attributes, Refusal& refusal) noexcept {
     return refuse(refusal,
                   "got rank %d of each of %d linears, expected at most %d in all: lower the rank or do not merge them",
                   attributes.rank, segments(attributes), kMaxRank);
+  }
+  const int32_t rotation = attributes.rotation;
+  if (rotation < 0 || rotation > kMaxRotation || (rotation & (rotation - 1)) || (rotation && k % rotation)) {
+    return refuse(refusal,
+                  "got rotation %d of in_features %d, expected 0 or a power of two to %d that divides them: export the "
+                  "model again",
+                  rotation, k, kMaxRotation);
   }
   return validate_flags(attributes, refusal) && validate_frames(attributes, refusal);
 }

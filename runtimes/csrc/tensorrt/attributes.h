@@ -37,6 +37,7 @@ struct Attributes {
   int32_t segment;        // N / S; a multiple of 128 where S > 1
   int32_t rows;           // enum Rows
   int32_t frames;         // T; 0: no gain
+  int32_t rotation;       // features a block of the Walsh-Hadamard transform that x goes through; 0: none
   int32_t has_zero;       // 0 or 1: an input weight_zero follows; likewise below
   int32_t has_bias;
   int32_t has_smooth;
@@ -59,6 +60,7 @@ constexpr Field kFields[] = {
     {"segment", &Attributes::segment, false},
     {"rows", &Attributes::rows, false},
     {"frames", &Attributes::frames, false},
+    {"rotation", &Attributes::rotation, false},
     {"has_zero", &Attributes::has_zero, true},
     {"has_bias", &Attributes::has_bias, true},
     {"has_smooth", &Attributes::has_smooth, true},

@@ -123,6 +123,7 @@ qvdit_quantize_args quantize_args(const Attributes& attributes, const Memory& me
   args.act_bits = attributes.act_bits;
   args.symmetric = attributes.act_symmetric;
   args.inv_smooth = memory.floats(kInvSmooth);
+  args.rotation = attributes.rotation;
   args.frames = attributes.frames;
   args.frame_gain = memory.floats(kFrameGain);
   args.tokens_per_frame = tokens;

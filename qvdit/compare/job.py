@@ -59,9 +59,10 @@ def run(
     store = Store(places.store, watch.say)
     origin = {"device": _device_name(device), "command": command, "versions": tool_versions()}
     outcome = Filling(terms, store, bench, watch, origin).run(tasks, minutes)
+    if not outcome.measured:
+        return outcome, []
     with held(places.out / "table.md"):
-        cells = results.write(store, places.out, terms, tasks) if outcome.measured else []
-    return outcome, cells
+        return outcome, results.write(store, places.out, terms, tasks)
 
 
 def render(places: Places, watch: Watch) -> list[Cell]:

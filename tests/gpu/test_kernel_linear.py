@@ -44,6 +44,19 @@ def test_it_is_the_reference(dtype, bits, act_bits, symmetric, zero, rows, shape
     assert_same(KernelLinear(layer).cuda()(x.cuda()), LowBitLinear(layer)(x))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("bits", "act_bits"), WIDTHS)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("k", "rotation"), [(192, 64), (1152, 128), (1024, 1024)])
+def test_rotated_layers(dtype, bits, act_bits, symmetric, k, rotation, low_bit_layer):
+    kinds = {"act_bits": act_bits, "act_symmetric": symmetric, "rotation": rotation}
+    layers = [low_bit_layer(128, k, bits, ("zero", "smooth", "gain"), 1, seed=seed, **kinds) for seed in range(2)]
+    x = activations(2, 32, k, dtype=dtype)
+    assert_same(KernelLinear(layers[0]).cuda()(x.cuda()), LowBitLinear(layers[0])(x))
+    expected = torch.cat([LowBitLinear(layer)(x) for layer in layers], -1)
+    assert_same(KernelLinear(*layers).cuda()(x.cuda()), expected)
+
+
 @pytest.mark.parametrize("parts", [(), ("bias",), ("zero", "bias")])
 @pytest.mark.parametrize("shape", [(1, 64), (64,), (3, 2, 5, 64), (300, 64)])
 def test_any_leading_shape(parts, shape, low_bit_layer):

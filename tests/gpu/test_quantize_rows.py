@@ -13,7 +13,7 @@ from qvdit.runtimes.cuda import STORED_ZERO
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Features: one vector and less, odd, one warp, more, each number of vectors a thread (3, 4, 5), the largest.
-FEATURES = [1, 7, 33, 64, 768, 1000, 1152, 1536, 2049, 5120, 8960, 16384]
+FEATURES = [1, 7, 33, 64, 768, 1000, 1152, 1536, 2049, 5120, 8960, 12288, 16384]
 EPS = float(np.finfo(np.float32).eps)
 
 
@@ -144,7 +144,7 @@ def test_low_rank_input_side(symmetric, rank, k, frames):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(
-    ("k", "block"), [(12, 4), (40, 8), (96, 32), (1152, 128), (768, 256), (1536, 512), (5120, 1024)]
+    ("k", "block"), [(12, 4), (40, 8), (96, 32), (1152, 128), (768, 256), (1536, 512), (5120, 1024), (12288, 1024)]
 )
 @pytest.mark.parametrize("smooth", [False, True])
 def test_rotation(k, block, symmetric, smooth, dtype):

@@ -68,6 +68,7 @@ def test_node_is_as_the_plugin_reads_it(low_bit_layer: Any) -> None:
         "segment": 6,
         "rows": 1,
         "frames": 4,
+        "rotation": 0,
         "has_zero": 1,
         "has_bias": 1,
         "has_smooth": 1,

@@ -204,11 +204,21 @@ def _importance(bits: Bits) -> tuple[int, int, int]:
 
 def _content(recipe: Recipe | None) -> dict[str, Any] | None:
     """What a recipe says; its layer bits give way to the regime's, and the training budget is the comparison's."""
-    if recipe is None:
-        return None
-    fields = dataclasses.asdict(recipe)
-    del fields["layer_bits"], fields["source"]
-    return fields
+    return None if recipe is None else _stated(dataclasses.replace(recipe, layer_bits={}, source=""))
+
+
+def _stated(block: Any) -> dict[str, Any]:
+    """A dataclass's fields where they differ from the defaults: what is new in recipes leaves old cells as they are."""
+    stated = {}
+    for field in dataclasses.fields(block):
+        value = getattr(block, field.name)
+        if dataclasses.is_dataclass(value):
+            value = _stated(value)
+            if value:
+                stated[field.name] = value
+        elif value != (field.default if field.default_factory is dataclasses.MISSING else field.default_factory()):
+            stated[field.name] = value
+    return stated
 
 
 def _digest(value: object) -> str:

@@ -555,3 +555,27 @@ def test_quantized_models_sample_in_bf16(tiny_pipeline: Any, rtn_layers: Any, mo
     for name in ("full", "quantized"):
         assert not torch.equal(found["bf16", name], found["fp32", name])
         assert measure.psnr(found["bf16", name], found["fp32", name]).min() > 35
+
+
+def test_the_published_cells_are_those_of_the_table(monkeypatch: pytest.MonkeyPatch):
+    """Else the command that goes on with them would measure them again."""
+    monkeypatch.setattr(CompareSettings, "chosen_device", "cuda")
+    said: list[str] = []
+    store = Store(Path(__file__).parents[1] / "benchmarks" / "results" / "cells", said.append)
+    published = store.cells()
+    found = 0
+    for name in ("wan-shapes", "latte-shapes"):
+        settings = CompareSettings(models=name, distillation_steps=400)
+        cells = [store.read(task, settings.terms) for task in settings.tasks()]
+        assert all(cell is None or cell["model"] == name for cell in cells)
+        found += sum(cell is not None for cell in cells)
+    assert found == len(published) > 30
+    assert not said
+
+
+def test_a_new_field_of_recipes_changes_no_cell():
+    content = plan._content(RTN)
+    assert content == {"name": "rtn", "source": ""}
+    assert plan._content(dataclasses.replace(RTN, rotation_below=9)) == content
+    assert plan._content(dataclasses.replace(RTN, rotation_below=4)) != content
+    assert plan._content(recipes.override(RTN, weights={"group": 8}))["weights"] == {"group": 8}

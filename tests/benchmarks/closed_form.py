@@ -36,7 +36,7 @@ PROMPTS, HELD_OUT = 8, 2
 def variants() -> dict[str, Recipe]:
     """What is compared, by name."""
     ours = recipes.load("qvdit")
-    rotated = dataclasses.replace(ours, rotation="hadamard")
+    unrotated = dataclasses.replace(ours, rotation="none")
     return {
         **{name: recipes.load(name) for name in ("qvdit", "rtn", "quarot", "q-dit", "svdquant")},
         "nearest rounding": recipes.override(ours, weights={"rounding": "nearest", "clip_by": "output"}),
@@ -46,9 +46,9 @@ def variants() -> dict[str, Recipe]:
         "rank 4": recipes.override(ours, tqe={"rank": 4}),
         "no frame gain": recipes.override(ours, tqe={"frame_gain": "none"}),
         "smoothing 0.25": recipes.override(ours, smoothing={"strength": 0.25}),
-        "asymmetric activations": recipes.override(ours, activations={"symmetric_from": 9}),
-        "rotation": rotated,
-        "rotation, no run-time term": recipes.override(rotated, tqe={"rank": 0}),
+        "symmetric activations": recipes.override(ours, activations={"symmetric_from": 2}),
+        "no rotation": unrotated,
+        "no rotation, symmetric activations": recipes.override(unrotated, activations={"symmetric_from": 2}),
     }
 
 

@@ -156,6 +156,7 @@ def unpack_weight(
     words: torch.Tensor, bits: int, k: int, zero: torch.Tensor | None, sums: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Packed words [N, b · K_pad / 32] → int8 [N, K_pad], less ``zero`` [N] where b < 8; its row sums, int32 [N]."""
+    _check_devices(words, zero)
     n = words.shape[0]
     weight = _new(words, (n, padded(k)), torch.int8)
     weight_sum = _new(words, (n,), torch.int32) if sums else None
@@ -193,6 +194,7 @@ def gemm(
     segment: as for :func:`low_bit_linear`.
     """
     x_q, scale, zero, u, row_sum = rows
+    _check_devices(y, *rows, weight, weight_sum, weight_scale, weight_zero, beta, bias)
     m, n = y.shape
     rank, segment = 0 if beta is None else beta.shape[0], segment or n
     arguments = cuda.GemmArgs(

@@ -72,6 +72,18 @@ def test_wrong_tensors_are_named():
     assert torch_ops._pointer(torch.zeros(0), torch.float32) is None
 
 
+def test_tensors_of_two_devices_are_refused():
+    here, there = torch.zeros(2), on_meta(2)
+    torch_ops._check_devices(here, None, torch.zeros(1))
+    with pytest.raises(QvditError, match="a tensor on meta beside one on cpu"):
+        torch_ops._check_devices(here, None, there)
+    with pytest.raises(QvditError, match="one device"):
+        torch_ops.unpack_weight(torch.zeros(2, 4, dtype=torch.int32), 4, 32, there, False)
+    rows = (torch.zeros(1, 32, dtype=torch.int8), *(torch.zeros(1) for _ in range(4)))
+    with pytest.raises(QvditError, match="one device"):
+        torch_ops.gemm(rows, torch.zeros(2, 32, dtype=torch.int8), None, there, None, None, None, torch.zeros(1, 2))
+
+
 def test_modulations():
     scale = torch.zeros(2, 6, 8)[:, 1]  # one of six that a model makes at once
     assert torch_ops._modulation((scale, scale), 10, 8) == (2, 48)

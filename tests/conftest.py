@@ -67,31 +67,36 @@ def wan_model() -> Any:
     return wan()
 
 
-@pytest.fixture(scope="session")
-def latte_model() -> Any:
-    """A random Latte transformer of 4 frames, one spatial and one temporal block; copy it to change it."""
+def latte(seed: int, **changes: Any) -> Any:
+    """A random Latte transformer of 4 frames, one spatial and one temporal block."""
     from diffusers import LatteTransformer3DModel
 
-    torch.manual_seed(1)
-    model = LatteTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=16,
-        in_channels=4,
-        out_channels=8,
-        num_layers=1,
-        cross_attention_dim=32,
-        attention_bias=True,
-        sample_size=8,
-        patch_size=2,
-        activation_fn="gelu-approximate",
-        num_embeds_ada_norm=1000,
-        norm_type="ada_norm_single",
-        norm_elementwise_affine=False,
-        norm_eps=1e-6,
-        caption_channels=24,
-        video_length=4,
-    )
-    return model.eval().requires_grad_(False)
+    torch.manual_seed(seed)
+    shape = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "in_channels": 4,
+        "out_channels": 8,
+        "num_layers": 1,
+        "cross_attention_dim": 32,
+        "attention_bias": True,
+        "sample_size": 8,
+        "patch_size": 2,
+        "activation_fn": "gelu-approximate",
+        "num_embeds_ada_norm": 1000,
+        "norm_type": "ada_norm_single",
+        "norm_elementwise_affine": False,
+        "norm_eps": 1e-6,
+        "caption_channels": 24,
+        "video_length": 4,
+    }
+    return LatteTransformer3DModel(**{**shape, **changes}).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def latte_model() -> Any:
+    """A random Latte transformer; copy it to change it."""
+    return latte(1)
 
 
 @pytest.fixture(scope="session")
@@ -332,28 +337,10 @@ def drop_in_bundle() -> Callable[[Path, Any, tuple[Any, ...]], Path]:
 @pytest.fixture(scope="session")
 def wide_models() -> dict[str, Any]:
     """Random models by family whose attention has 128 features, so that projections of one input can be merged."""
-    from diffusers import LatteTransformer3DModel
-
-    torch.manual_seed(2)
-    latte = LatteTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=64,
-        in_channels=4,
-        out_channels=8,
-        num_layers=1,
-        cross_attention_dim=128,
-        attention_bias=True,
-        sample_size=8,
-        patch_size=2,
-        activation_fn="gelu-approximate",
-        num_embeds_ada_norm=1000,
-        norm_type="ada_norm_single",
-        norm_elementwise_affine=False,
-        norm_eps=1e-6,
-        caption_channels=24,
-        video_length=4,
-    )
-    models = {"wan": wan(attention_head_dim=64, ffn_dim=160), "latte": latte.eval().requires_grad_(False)}
+    models = {
+        "wan": wan(attention_head_dim=64, ffn_dim=160),
+        "latte": latte(2, attention_head_dim=64, cross_attention_dim=128),
+    }
     assert all(model.dtype == torch.float32 for model in models.values())
     return models
 

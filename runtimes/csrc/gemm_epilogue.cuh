@@ -2,7 +2,8 @@
 // business.
 //
 //   acc = Σ_k x_q weight - zero weight_sum - weight_zero row_sum        int32; wraps only where the true sum would
-//   y   = scale · (acc · weight_scale) + Σ_r u beta + bias              float32, in this order; u of the column's segment
+//   y   = scale · (acc · weight_scale) + Σ_r u beta + bias              float32, in this order; u of the column's
+//   segment
 #pragma once
 
 #include <cuda_bf16.h>
@@ -20,8 +21,9 @@ __device__ __forceinline__ int64_t first_u(const qvdit_gemm_args& args, int64_t 
   return static_cast<uint32_t>(column) / static_cast<uint32_t>(args.segment) * args.rank * args.m;
 }
 
-// A fragment of kRows x 2 kPairs accumulators, all in one segment. Its columns come in pairs beside each other, the first of a pair even.
-// Rows and columns past the ends are given too; they read the last ones and their results are thrown away.
+// A fragment of kRows x 2 kPairs accumulators, all in one segment. Its columns come in pairs beside each other, the
+// first of a pair even. Rows and columns past the ends are given too; they read the last ones and their results are
+// thrown away.
 template <int kRows, int kPairs>
 struct EpilogueFragment {
   const qvdit_gemm_args& args;

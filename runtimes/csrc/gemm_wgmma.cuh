@@ -22,9 +22,9 @@ namespace qvdit {
 
 constexpr int kStagedRanks = 4;  // those of more ranks read the rest through L1
 
-// What a tile's epilogue needs of its rows and columns. Each value is read from device memory once a tile, and from here
-// once for all the accumulators of a thread's column or row: shared memory is what the mainloop of the other warpgroup
-// is bound by.
+// What a tile's epilogue needs of its rows and columns. Each value is read from device memory once a tile, and from
+// here once for all the accumulators of a thread's column or row: shared memory is what the mainloop of the other
+// warpgroup is bound by.
 template <int kBlockM, int kBlockN>
 struct EpilogueFactors {
   alignas(16) float scale[kBlockM];
@@ -103,8 +103,8 @@ struct LowBitVisitor {
   // m + 8, then the next 8 columns.
   template <class Coordinates>
   struct Callbacks : cutlass::epilogue::fusion::EmptyConsumerStoreCallbacks {
-    static constexpr int kSubtile = decltype(cute::size(std::declval<Coordinates>()(
-        cute::_, cute::_, cute::_, cute::Int<0>{}, cute::Int<0>{})))::value;
+    static constexpr int kSubtile = decltype(cute::size(
+        std::declval<Coordinates>()(cute::_, cute::_, cute::_, cute::Int<0>{}, cute::Int<0>{})))::value;
     static constexpr int kSubtilesM = decltype(cute::size<3>(std::declval<Coordinates>()))::value;
     static constexpr int kPairs = kSubtile / 4;
 
@@ -204,8 +204,7 @@ struct LowBitVisitor {
         if (r >= staged) break;
 #pragma unroll
         for (int i = 0; i < kSize; i += 2) {
-          const float2 pair =
-              *reinterpret_cast<const float2*>(shared->beta[r] + column(epi_n, first_pair + i / 4));
+          const float2 pair = *reinterpret_cast<const float2*>(shared->beta[r] + column(epi_n, first_pair + i / 4));
           const float factor = shared->u[r][row(epi_m, i / 2 % 2)];
           y[i] += factor * pair.x, y[i + 1] += factor * pair.y;
         }

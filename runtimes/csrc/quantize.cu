@@ -8,8 +8,8 @@ bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) 
 int32_t check(const qvdit_quantize_args& args) {
   const long long m = args.m, k = args.k, rank = args.rank;
   QVDIT_REQUIRE(args.x && args.x_q && args.scale, "x, x_q and scale must be given");
-  QVDIT_REQUIRE(m >= 1 && m < INT32_MAX && k >= 1 && k <= qvdit::kMaxFeatures, "x of [%lld, %lld]; K may be 1 to %lld", m, k,
-                static_cast<long long>(qvdit::kMaxFeatures));
+  QVDIT_REQUIRE(m >= 1 && m < INT32_MAX && k >= 1 && k <= qvdit::kMaxFeatures, "x of [%lld, %lld]; K may be 1 to %lld",
+                m, k, static_cast<long long>(qvdit::kMaxFeatures));
   QVDIT_REQUIRE(args.x_dtype >= QVDIT_F32 && args.x_dtype <= QVDIT_BF16, "x of type %d; float32, float16 or bfloat16",
                 args.x_dtype);
   QVDIT_REQUIRE(args.act_bits == 8 || args.act_bits == 6, "%d activation bits; 8 or 6", args.act_bits);
@@ -19,13 +19,13 @@ int32_t check(const qvdit_quantize_args& args) {
   const long long tokens = args.tokens_per_frame, ranks = args.ranks_per_gain;
   QVDIT_REQUIRE(!args.frame_gain || (args.frames > 0 && tokens > 0 && tokens <= INT32_MAX),
                 "a frame gain of %d frames with %lld tokens a frame", args.frames, tokens);
-  QVDIT_REQUIRE(!args.frame_gain || rank == 0 || (ranks > 0 && rank % ranks == 0), "%lld ranks of %lld share a frame gain", ranks,
-                rank);
+  QVDIT_REQUIRE(!args.frame_gain || rank == 0 || (ranks > 0 && rank % ranks == 0),
+                "%lld ranks of %lld share a frame gain", ranks, rank);
   const long long rotation = args.rotation;
-  QVDIT_REQUIRE(rotation == 0 || (rotation > 0 && rotation <= qvdit::kMaxRotation && (rotation & (rotation - 1)) == 0 &&
-                                  k % rotation == 0),
-                "a rotation of blocks of %lld; a power of two to %d that divides K = %lld", rotation,
-                qvdit::kMaxRotation, k);
+  QVDIT_REQUIRE(
+      rotation == 0 ||
+          (rotation > 0 && rotation <= qvdit::kMaxRotation && (rotation & (rotation - 1)) == 0 && k % rotation == 0),
+      "a rotation of blocks of %lld; a power of two to %d that divides K = %lld", rotation, qvdit::kMaxRotation, k);
   QVDIT_REQUIRE(aligned(args.x_q), "x_q is not on a multiple of 16 bytes");
   const bool modulated = args.modulation_scale || args.modulation_shift;
   QVDIT_REQUIRE(!modulated || args.prologue == QVDIT_LAYERNORM, "a modulation without a LayerNorm");

@@ -3,10 +3,12 @@
 //   device memory: sizeof(x) + 1 bytes an element (3 for fp16), plus 4 + 4 R bytes a row; alpha, inv_smooth and the
 //   modulation come from L1/L2, 4 bytes an element and rank. At 80 % of an H200's copy bandwidth (4.1 TB/s) a
 //   32768 x 5120 fp16 input takes 152 µs, 32768 x 1152 takes 34 µs.
-//   instructions, what it is bound by: symmetric, about 2 (load, convert, range) + 4 (quotient) + 1 (pack) an element and
-//   150 a row, + 1 with a low-rank term and 1.3 for each of its ranks; asymmetric 4 more an element. The bandwidth above
-//   leaves 21 an element on an H200.
-//   grid: ceil(M / rows a block), but no more than run at once: each block goes on to further rows; a block is 32 W threads x rows, W warps a row of V vectors of 8 elements a thread.
+//   instructions, what it is bound by: symmetric, about 2 (load, convert, range) + 4 (quotient) + 1 (pack) an element
+//   and 150 a row, + 1 with a low-rank term and 1.3 for each of its ranks; asymmetric 4 more an element. The bandwidth
+//   above leaves 21 an element on an H200.
+//
+//   grid: ceil(M / rows a block), but no more than run at once: each block goes on to further rows; a block is 32 W
+//   threads x rows, W warps a row of V vectors of 8 elements a thread.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -25,9 +27,9 @@ constexpr int kMaxRank = 32;
 // Warps a row may have where a thread has so many vectors: five need more registers than 16 warps leave.
 constexpr int max_warps(int vectors) { return vectors > 4 ? 12 : kMaxWarps; }
 
-constexpr int kRotatedVectors = 4;  // a thread's, where inputs are rotated
+constexpr int kRotatedVectors = 4;                            // a thread's, where inputs are rotated
 constexpr int kMaxRotation = 32 * kRotatedVectors * kVector;  // features that one warp holds
-constexpr float kSmallestScale = 1e-8f;  // EPS_SCALE of qvdit/method/operator.py
+constexpr float kSmallestScale = 1e-8f;                       // EPS_SCALE of qvdit/method/operator.py
 constexpr int64_t kMaxFeatures = 16384;
 
 // qvdit_quantize_args with what the host worked out.
@@ -103,8 +105,8 @@ struct RowThreads {
   }
 };
 
-// A row's elements as a thread holds them: vector v is at k(v) … k(v) + 7, 0 from K on. A warp's are beside each other: 32
-// vectors of 8 elements, kVectors times.
+// A row's elements as a thread holds them: vector v is at k(v) … k(v) + 7, 0 from K on. A warp's are beside each other:
+// 32 vectors of 8 elements, kVectors times.
 template <int kVectors_, bool kVectorized_>
 struct RowValues {
   static constexpr int kVectors = kVectors_;
@@ -283,8 +285,8 @@ __device__ void store_transformed(const Values& values, const qvdit_quantize_arg
   }
 }
 
-// The next row on its way to shared memory while this one is computed: a thread's own vectors, which it alone reads back,
-// so that nobody waits for anybody. Vector v of the block's thread t is at [v · threads of the block + t].
+// The next row on its way to shared memory while this one is computed: a thread's own vectors, which it alone reads
+// back, so that nobody waits for anybody. Vector v of the block's thread t is at [v · threads of the block + t].
 template <typename In, int kVectors>
 struct StagedRow {
   static constexpr int kChunks = kVector * static_cast<int>(sizeof(In)) / 16;  // of a vector
@@ -487,7 +489,8 @@ __global__ void __launch_bounds__(32 * max_warps(kVectors), 1)
 // How many blocks of a kernel run at once on the current device; lets it have the most shared memory it may ask for.
 int32_t resident_blocks(const void* kernel, int threads, int shared, int most_shared, int& blocks);
 
-// Vectors a thread, where inputs are not rotated: the count that leaves the fewest threads without work; of equals the smallest, for more warps.
+// Vectors a thread, where inputs are not rotated: the count that leaves the fewest threads without work; of equals the
+// smallest, for more warps.
 inline int vectors_per_thread(int64_t k_pad) {
   const int64_t vectors = k_pad / kVector;
   int best = 0;
@@ -512,7 +515,8 @@ int32_t launch_quantize(const QuantizeParams& params, cudaStream_t stream) {
   constexpr int kStaged = kVectorized ? kVectors * kVector * static_cast<int>(sizeof(In)) : 0;  // bytes a thread
   const int shared = threads * kStaged, most_shared = 32 * max_warps(kVectors) * kStaged;
   int resident = 0;  // blocks on the device at once
-  if (const int32_t status = resident_blocks(reinterpret_cast<const void*>(kernel), threads, shared, most_shared, resident)) {
+  if (const int32_t status =
+          resident_blocks(reinterpret_cast<const void*>(kernel), threads, shared, most_shared, resident)) {
     return status;
   }
   const int64_t blocks = (params.args.m + rows - 1) / rows;

@@ -63,7 +63,7 @@ struct qvdit_quantize_args {
   int32_t symmetric;  // 0 or 1
 
   const float* inv_smooth;  // [K] or null
-  int64_t rotation;         // features a block of the Walsh-Hadamard transform: a power of two to 1024 that divides K; or 0
+  int64_t rotation;  // features a block of the Walsh-Hadamard transform: a power of two to 1024 that divides K; or 0
 
   const float*
       modulation_scale;  // [M / rows_per_modulation, K], rows modulation_stride apart, or null. QVDIT_LAYERNORM
@@ -104,8 +104,8 @@ struct qvdit_unpack_args {
 //       = Σ_k x_q weight - zero weight_sum - weight_zero row_sum                          int32, exact
 //   y   = scale · (acc · weight_scale) + Σ_r u[n / segment · R + r, m] beta[r, n] + bias   float32, cast
 //
-// Several linears that read the same x are one GEMM: their weights lie below each other, and each has ``segment`` of the
-// columns and its own R rows of u.
+// Several linears that read the same x are one GEMM: their weights lie below each other, and each has ``segment`` of
+// the columns and its own R rows of u.
 struct qvdit_gemm_args {
   const int8_t* x_q;     // [M, K_pad]
   const int8_t* weight;  // [N, K_pad]

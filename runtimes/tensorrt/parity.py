@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,8 +120,8 @@ def check_engine(
     result = summary(compared, compare_models(session.infer(saved.inputs), saved.quantized, saved.full))
     say(
         f"parity: {result['layers_compared']} layers, {result['xq_mismatches']} x_q and {result['acc_mismatches']} acc "
-        f"differ; model: relative error {result['model_rel_err']:.2e} to PyTorch's quantized model, error against full "
-        f"precision {result['error_ratio']:.3f} of its"
+        f"differ; model: relative error {_text(result['model_rel_err'])} to PyTorch's quantized model, error against "
+        f"full precision {_text(result['error_ratio'])} of its"
     )
     return result
 
@@ -132,18 +133,21 @@ def summary(layers: list[LayerParity], model: ModelParity) -> dict[str, Any]:
         row["runtime_rel_err"] = row.pop("rel_err")
         row["integers"] = row["acc_compared"] > 0
     counted = [row for row in rows if row["integers"]]
+    measured = dataclasses.asdict(model) | {"error_ratio": model.error_ratio}
     counts = ("xq_compared", "xq_mismatches", "acc_compared", "acc_mismatches")
-    return {
+    result = {
         "layers_compared": len(rows),
         **{name: sum(row[name] for row in counted) for name in counts},
-        "worst_layer_rel_err": max((row["runtime_rel_err"] for row in rows), default=0.0),
-        "model_rel_err": model.rel_err,
-        "model_cosine": model.cosine,
-        "error_runtime": model.error_runtime,
-        "error_reference": model.error_reference,
-        "error_ratio": model.error_ratio,
-        "layers": rows,
+        "model_rel_err": measured.pop("rel_err"),
+        "model_cosine": measured.pop("cosine"),
+        **measured,
     }
+    # JSON has no NaN: null says that something was not a number.
+    return {**_finite(result), "layers": [_finite(row) for row in rows]}
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
 
 
 def failures(result: Mapping[str, Any]) -> list[str]:
@@ -152,12 +156,24 @@ def failures(result: Mapping[str, Any]) -> list[str]:
     wrong = [row["name"] for row in result["layers"] if row["xq_mismatches"] or row["acc_mismatches"]]
     if wrong:
         found.append(f"integers that differ in {len(wrong)} layers, the first {wrong[0]}")
-    static = [row for row in result["layers"] if not row["integers"] and not row["runtime_rel_err"] <= STATIC_TOLERANCE]
+    static = [
+        row
+        for row in result["layers"]
+        if not row["integers"] and not _within(row["runtime_rel_err"], 0, STATIC_TOLERANCE)
+    ]
     if static:
         found.append(f"{len(static)} static layers off by more than {STATIC_TOLERANCE}, the first {static[0]['name']}")
-    if not RATIO[0] <= result["error_ratio"] <= RATIO[1]:  # false for NaN as well
-        found.append(f"an error against full precision of {result['error_ratio']:.3f} of the reference's")
+    if not _within(result["error_ratio"], *RATIO):
+        found.append(f"an error against full precision of {_text(result['error_ratio'])} of the reference's")
     return found
+
+
+def _within(value: float | None, low: float, high: float) -> bool:
+    return value is not None and low <= value <= high
+
+
+def _text(value: float | None) -> str:
+    return "NaN" if value is None else f"{value:.4g}"
 
 
 def refuse_failed(result: Mapping[str, Any], where: Path) -> None:

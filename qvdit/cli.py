@@ -43,7 +43,7 @@ Steps = Annotated[int, typer.Option(min=1, help="Steps of the sampler, for calib
 Records = Annotated[int, typer.Option(min=1, help="Steps recorded of each calibration trajectory.")]
 Guidance = Annotated[float, typer.Option(help="Classifier-free guidance scale.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="The same seed gives the same bytes, on a CPU.")]
-Device = Annotated[str, typer.Option(help="Where calibration and distillation run: auto, cpu or cuda.")]
+Compute = Annotated[str, typer.Option(help="Where calibration and distillation run: auto, cpu or cuda.")]
 DistillSteps = Annotated[
     int | None, typer.Option(min=0, help="Distillation budget; 0 is none (default: the recipe's, 0 on a CPU).")
 ]
@@ -88,7 +88,7 @@ def _stage_command(last: str) -> Callable[..., None]:
         records: Records = 8,
         guidance: Guidance = 2.5,
         seed: Seed = 0,
-        device: Device = "auto",
+        compute: Compute = "auto",
         distill_steps: DistillSteps = None,
         rank: Rank = None,
         layer_bits: LayerBits = None,
@@ -111,7 +111,7 @@ def _stage_command(last: str) -> Callable[..., None]:
             records=records,
             guidance=guidance,
             seed=seed,
-            device=device,
+            compute=compute,
             distillation_steps=distill_steps,
             rank=rank,
             layer_bits=_layer_bits(layer_bits or []),
@@ -278,7 +278,7 @@ def compare(
     steps: Steps = 20,
     records: Records = 10,
     guidance: Guidance = 2.5,
-    device: Device = "auto",
+    compute: Compute = "auto",
     distill_steps: Annotated[
         int | None,
         typer.Option(min=0, help="Budget of every recipe that trains (default: 1000 on a GPU, 0 on a CPU)."),
@@ -336,7 +336,7 @@ def compare(
         steps=steps,
         records=records,
         guidance=guidance,
-        device=device,
+        compute=compute,
         distillation_steps=distill_steps,
         distillation_batch=distill_batch,
         learning_rates=learning_rates,

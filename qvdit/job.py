@@ -37,7 +37,7 @@ from qvdit.settings import (
     JobSettings,
     calibration_plan,
     check_target,
-    choose_device,
+    choose_compute,
     choose_recipe,
     quality_trial,
 )
@@ -65,7 +65,7 @@ class Job:
         self.recipe = choose_recipe(settings)
         check_target(settings.target)
         quantization.check_bits(self.recipe, self.bits)
-        self.device = choose_device(settings.device)
+        self.device = choose_compute(settings.compute)
         self.source: SourceModel = find_model(settings.model)
         self.plan = calibration_plan(settings, self.source, self.device)
         self.trial = quality_trial(settings)

@@ -33,7 +33,7 @@ class JobSettings:
     records: int = 8
     guidance: float = 2.5
     seed: int = 0
-    device: str = "auto"
+    compute: str = "auto"  # where calibration and distillation run
     distillation_steps: int | None = None
     rank: int | None = None
     layer_bits: dict[str, int] = field(default_factory=dict)
@@ -110,12 +110,12 @@ def shipped_prompts() -> Path:
     return Path(qvdit.calib_data.__file__).parent / "shapes.txt"
 
 
-def choose_device(name: str) -> str:
+def choose_compute(name: str) -> str:
     """``auto``, ``cpu`` or ``cuda`` → the device that calibration and distillation run on."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cpu", "cuda"):
-        raise QvditError(f"--device {name!r}", "auto, cpu or cuda", "check --device")
+        raise QvditError(f"--compute {name!r}", "auto, cpu or cuda", "check --compute")
     if name == "cuda" and not torch.cuda.is_available():
-        raise QvditError("--device cuda", "a GPU that PyTorch can see", "use --device cpu, or install a CUDA build")
+        raise QvditError("--compute cuda", "a GPU that PyTorch can see", "use --compute cpu, or install a CUDA build")
     return name

@@ -30,7 +30,7 @@ from qvdit.method import recipe as recipes
 from qvdit.runtimes.parity import check_bundle
 
 SCRIPTS = Path(sys.executable).parent
-SMALL = ("--prompt-count", "2", "--steps", "2", "--records", "2", "--videos", "1", "--device", "cpu", "--threads", "1")
+SMALL = ("--prompt-count", "2", "--steps", "2", "--records", "2", "--videos", "1", "--compute", "cpu", "--threads", "1")
 LAYERS = 20
 METRICS = {
     "scene_consistency",

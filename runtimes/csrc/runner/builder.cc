@@ -33,13 +33,6 @@ bool works(const std::string& name, int major, int older) {
   return false;
 }
 
-nvinfer1::Dims dims_of(const Shape& shape) {
-  nvinfer1::Dims dims = {};
-  dims.nbDims = static_cast<int32_t>(shape.size());
-  for (size_t i = 0; i < shape.size() && i < nvinfer1::Dims::MAX_DIMS; ++i) dims.d[i] = static_cast<Extent>(shape[i]);
-  return dims;
-}
-
 void parse_onnx(const std::string& onnx, INetworkDefinition& network, Log& log) {
   const std::unique_ptr<nvonnxparser::IParser> parser(nvonnxparser::createParser(network, log));
   if (!parser) throw Error("no ONNX parser (" + log.why() + ")", "one that starts", "see that TensorRT is whole");

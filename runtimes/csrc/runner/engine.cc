@@ -4,23 +4,6 @@
 #include "versions.h"
 
 namespace qvdit::runner {
-namespace {
-
-using nvinfer1::Dims;
-using nvinfer1::TensorIOMode;
-
-Shape shape_of(const Dims& dims) { return dims.nbDims < 0 ? Shape() : Shape(dims.d, dims.d + dims.nbDims); }
-
-Dims dims_of(const Shape& shape) {
-  Dims dims = {};
-  if (shape.size() > Dims::MAX_DIMS)
-    throw Error("a tensor of " + shape_text(shape), "at most 8 extents", "export again");
-  dims.nbDims = static_cast<int32_t>(shape.size());
-  for (size_t i = 0; i < shape.size(); ++i) dims.d[i] = static_cast<Extent>(shape[i]);
-  return dims;
-}
-
-}  // namespace
 
 struct Engine::Graph {
   cudaGraph_t graph = nullptr;
@@ -56,7 +39,7 @@ void Engine::describe() {
                   "export the model again");
     }
     port.shape = shape_of(engine_->getTensorShape(name));
-    (engine_->getTensorIOMode(name) == TensorIOMode::kINPUT ? inputs_ : outputs_)[name] = port;
+    (engine_->getTensorIOMode(name) == nvinfer1::TensorIOMode::kINPUT ? inputs_ : outputs_)[name] = port;
   }
 }
 

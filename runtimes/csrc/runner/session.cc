@@ -139,6 +139,7 @@ void Session::find_plugin() {
 bool Session::has_layers() const { return is_file(layers_.onnx); }
 
 void Session::build() {
+  SafeTensors{path(kParityInputs)}, SafeTensors{path(kParityReference)};  // refused before minutes are spent
   std::unique_ptr<Engine> layers;
   std::string layers_plan;
   if (has_layers()) {

@@ -1,6 +1,18 @@
 #include "versions.h"
 
+#include "error.h"
+
 namespace qvdit::runner {
+
+nvinfer1::Dims dims_of(const Shape& shape) {
+  nvinfer1::Dims dims = {};
+  if (shape.size() > nvinfer1::Dims::MAX_DIMS) {
+    throw Error("a tensor of " + shape_text(shape), "at most 8 extents", "export the model again");
+  }
+  dims.nbDims = static_cast<int32_t>(shape.size());
+  for (size_t i = 0; i < shape.size(); ++i) dims.d[i] = static_cast<Extent>(shape[i]);
+  return dims;
+}
 
 #if NV_TENSORRT_MAJOR >= 10
 

@@ -27,6 +27,13 @@ inline uint32_t network_flags() {
 #endif
 }
 
+inline Shape shape_of(const nvinfer1::Dims& dims) {
+  return dims.nbDims < 0 ? Shape() : Shape(dims.d, dims.d + dims.nbDims);
+}
+
+// Throws Error for more extents than TensorRT has.
+nvinfer1::Dims dims_of(const Shape& shape);
+
 // A type of an engine's input or output; false where the runner has none for it.
 inline bool host_type(nvinfer1::DataType type, Type& found) {
   using nvinfer1::DataType;

@@ -241,6 +241,11 @@ def entry(dtype: str, shape: list[Any], *offsets: Any) -> dict[str, Any]:
         (b'{"a":', 0, "no value"),
         (b' {"__metadata__": {}}', 0, "no object"),
         (b'{"\x00": {}}', 0, "control character"),
+        (b'{"\xff": {}}', 0, "not UTF-8"),
+        (b'{"\xc0\x80": {}}', 0, "not UTF-8"),
+        (b'{"\xed\xa0\x80": {}}', 0, "not UTF-8"),
+        (b'{"\xf4\x90\x80\x80": {}}', 0, "not UTF-8"),
+        (b'{"\xe2\x82', 0, "not UTF-8"),
     ],
 )
 def test_damaged_safetensors(runner, tmp_path, header, data, why):

@@ -29,6 +29,25 @@ void append_utf8(std::string& out, uint32_t point) {
   }
 }
 
+// Whether a text is UTF-8 (RFC 3629): no overlong forms, no surrogates, nothing above U+10FFFF.
+bool is_utf8(const std::string& text) {
+  for (size_t i = 0; i < text.size();) {
+    const uint8_t first = static_cast<uint8_t>(text[i++]);
+    if (first < 0x80) continue;
+    const int more = first >= 0xF0 ? 3 : first >= 0xE0 ? 2 : 1;
+    static const uint32_t kLeast[] = {0, 0x80, 0x800, 0x10000};
+    if (first < 0xC2 || first > 0xF4 || text.size() - i < static_cast<size_t>(more)) return false;
+    uint32_t point = first & (0x3F >> more);
+    for (int k = 0; k < more; ++k) {
+      const uint8_t next = static_cast<uint8_t>(text[i++]);
+      if ((next & 0xC0) != 0x80) return false;
+      point = point << 6 | (next & 0x3F);
+    }
+    if (point < kLeast[more] || point > 0x10FFFF || (point >= 0xD800 && point < 0xE000)) return false;
+  }
+  return true;
+}
+
 void write_string(std::string& out, const std::string& text) {
   static const char kHex[] = "0123456789abcdef";
   out.push_back('"');
@@ -54,6 +73,7 @@ class JsonReader {
   explicit JsonReader(const std::string& text) : text_(text) {}
 
   Json whole() {
+    if (!is_utf8(text_)) refuse("bytes that are not UTF-8");
     Json value = read(0);
     skip_blanks();
     if (position_ != text_.size()) refuse("more text after its end");

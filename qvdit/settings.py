@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from qvdit.contract import QvditError
+from qvdit.export.devices import EdgeDevice, find_device
 from qvdit.method import recipe as recipes
 from qvdit.method.calibration import CalibrationPlan, read_prompts
 from qvdit.models.loading import WORLD_PIPELINE, SourceModel
@@ -27,6 +28,8 @@ class JobSettings:
     bits: str = "w4a8"
     recipe: str = "qvdit"
     target: str = "onnxruntime"
+    device: str | None = None  # the machine that the bundle is for: orin, thor or local
+    jetpack: str | None = None  # its software, where it is a Jetson; the newest known one when absent
     prompts: Path | None = None  # a text file; the shipped prompts of the reference world when absent
     prompt_count: int | None = None  # how many of them to sample; by device when absent
     steps: int = 20
@@ -46,6 +49,22 @@ def check_target(target: str) -> None:
     """Refuse a target that there is no builder for."""
     if target not in TARGETS:
         raise QvditError(f"--target {target!r}", f"one of {', '.join(TARGETS)}", "check --target")
+
+
+def choose_edge(settings: JobSettings) -> EdgeDevice | None:
+    """The machine that the bundle is for, where the user names one."""
+    if settings.device is None:
+        if settings.jetpack is not None:
+            raise QvditError(
+                f"--jetpack {settings.jetpack} without --device", "--device orin or thor", "name the device"
+            )
+        return None
+    device = find_device(settings.device, settings.jetpack)
+    if settings.target != "tensorrt":
+        raise QvditError(
+            f"--device {device.name} with --target {settings.target}", "--target tensorrt", "leave out one of them"
+        )
+    return device
 
 
 def choose_recipe(settings: JobSettings) -> recipes.Recipe:

@@ -47,12 +47,13 @@ def save_plan(plan: SamplingPlan, path: Path) -> None:
         "gain": plan.gain,
         "encoder_hidden_states": plan.condition,
         "guidance": np.array([plan.guidance], np.float32),
+        "clamp": np.array([plan.clamp], np.float32),
     }
     if plan.reference is not None:
         tensors["reference"] = plan.reference
-    metadata = {"format": FORMAT, "clamp": "true" if plan.clamp else "false"}
     held = {name: np.ascontiguousarray(value, np.float32) for name, value in tensors.items()}
-    write_atomic(path, partial(save_file, held, metadata=metadata))
+    # One entry: the order of several changes from run to run.
+    write_atomic(path, partial(save_file, held, metadata={"format": FORMAT}))
 
 
 def plan_sampling(
@@ -89,11 +90,13 @@ def plan_sampling(
 
 def step_factors(scheduler: Any, steps: int) -> tuple[np.ndarray, np.ndarray]:
     """keep and gain, float32 [S] each, of a scheduler whose step is keep · x + gain · v; QvditError for any other."""
-    probe = _run(scheduler, steps, torch.tensor([1.0, 0.0]), [torch.tensor([0.0, 1.0])] * steps, chain=False)
-    keep, gain = (np.array([values[i].item() for values in probe], np.float32) for i in (0, 1))
+    # One video of one frame: some schedulers look at the dimensions.
+    x, velocity = (torch.tensor(values).reshape(1, 1, 1, 1, 2) for values in ([1.0, 0.0], [0.0, 1.0]))
+    probe = _run(scheduler, steps, x, [velocity] * steps, chain=False)
+    keep, gain = (np.array([values.flatten()[i].item() for values in probe], np.float32) for i in (0, 1))
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(64, generator=generator)
-    velocities = [torch.randn(64, generator=generator) for _ in range(steps)]
+    x = torch.randn(1, 1, 1, 8, 8, generator=generator)
+    velocities = [torch.randn(1, 1, 1, 8, 8, generator=generator) for _ in range(steps)]
     expected = x
     for k, g, velocity in zip(keep, gain, velocities, strict=True):
         expected = float(k) * expected + float(g) * velocity

@@ -22,7 +22,7 @@ verify() {
   sums=$(sed -n '/^ "files": {$/,/^ }/s/^  "\(.*\)": "\([0-9a-f]\{64\}\)",\{0,1\}$/\2  \1/p' manifest.json 2>/dev/null) || true
   [ -n "$sums" ] || stop "no manifest.json, or one without files" "the one of this folder" "copy the whole folder again"
   printf '%s\n' "$sums" | sha256sum --check --quiet --strict >/dev/null 2>&1 || {
-    bad=$(printf '%s\n' "$sums" | LC_ALL=C sha256sum --check --quiet 2>/dev/null | head -n 1 | cut -d: -f1)
+    bad=$(printf '%s\n' "$sums" | LC_ALL=C sha256sum --check --quiet 2>/dev/null | head -n 1 | cut -d: -f1) || true
     stop "${bad:-a file} that is missing or not what manifest.json says" "every file as it was exported" \
       "copy the whole folder again"
   }

@@ -56,14 +56,14 @@ Plan read_plan(const std::string& path) {
   plan.keep = floats(file.read("keep"));
   plan.gain = floats(file.read("gain"));
   plan.condition = cast(file.read("encoder_hidden_states"), Type::kF32);
-  const std::vector<float> guidance = floats(file.read("guidance"));
-  plan.clamp = file.metadata("clamp") == "true";
+  const std::vector<float> guidance = floats(file.read("guidance")), clamp = floats(file.read("clamp"));
   if (file.has("reference")) plan.reference = cast(file.read("reference"), Type::kF32);
   const size_t steps = plan.timesteps.size();
-  if (!steps || plan.keep.size() != steps || plan.gain.size() != steps || guidance.size() != 1) {
+  if (!steps || plan.keep.size() != steps || plan.gain.size() != steps || guidance.size() != 1 || clamp.size() != 1) {
     refuse(path, "whose steps do not have one length");
   }
   plan.guidance = guidance[0];
+  plan.clamp = clamp[0] != 0;
   if (plan.latents.shape.size() < 2 || plan.latents.shape[0] != 1) refuse(path, "whose latents are no single video");
   if (plan.condition.shape.size() != 3 || plan.condition.shape[0] < 1 || plan.condition.shape[0] > 2) {
     refuse(path, "whose prompt is none");

@@ -7,7 +7,8 @@
 #
 # --tensorrt: a folder with lib/libnvinfer.so.8 and lib/libnvonnxparser.so.8; --headers: TensorRT's include folder, with
 # the NvOnnxParser.h of github.com/onnx/onnx-tensorrt (release/8.6-EA) in it. Kernels and plugin that tensorrt86.sh built
-# are taken up. Left in --out: runner/NAME/ with the logs, engine.json, parity.json, bench.json and latents of each bundle.
+# are taken up. BUNDLE: a bundle, or OUT/edge of qvdit-export --device local, whose build.sh is run too. Left in --out:
+# runner/NAME/ with the logs, engine.json, parity.json, bench.json and latents of each.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 tensorrt= headers= out= cutlass= architectures=90a options=
@@ -21,10 +22,10 @@ while [ $# -gt 0 ]; do
   esac
 done
 [ -f "$tensorrt/lib/libnvonnxparser.so.8" ] && [ -f "$headers/NvOnnxParser.h" ] && [ -n "$out" ] && [ $# -gt 0 ] || {
-  sed -n '2,12p' "$0" >&2
+  sed -n '2,13p' "$0" >&2
   exit 2
 }
-tensorrt=$(realpath "$tensorrt") out=$(realpath -m "$out")/runner
+tensorrt=$(realpath "$tensorrt") headers=$(realpath "$headers") out=$(realpath -m "$out")/runner
 mkdir -p "$out"
 cd "$root"
 
@@ -49,6 +50,7 @@ step() {
 
 for bundle in "$@"; do
   name=$(basename "$bundle") start=$SECONDS
+  [ "$name" != edge ] || name=$(basename "$(dirname "$(realpath "$bundle")")")
   folder=$(mktemp -d)/$name
   mkdir -p "$folder/tensorrt" "$out/$name"
   for part in tensorrt parity sample; do [ ! -d "$bundle/$part" ] || cp -r "$bundle/$part" "$folder/"; done
@@ -91,6 +93,15 @@ for bundle in "$@"; do
   [ "$before" = "$(sha256sum <"$folder/tensorrt/model.plan")" ] || { echo "  FAILED: a good engine was replaced"; failed=1; }
   step "$out/$name/after.txt" 0 "$run" parity "$folder" "${plugin[@]}"
   echo "  $name took $((SECONDS - start)) s"
+  # The whole folder as it is copied to a device, by its own script; where it is for this GPU, and once: it compiles.
+  if [ -f "$bundle/build.sh" ] && [ ! -f "$out/script.txt" ] && ! grep -q '"architecture": "[^9]' "$bundle/device.json"; then
+    cp -r "$bundle" "$folder-copied"
+    start=$SECONDS
+    step "$out/script.txt" 0 env "TENSORRT_INCLUDE=$headers" "TENSORRT_LIB=$tensorrt/lib/libnvinfer.so.8" \
+      "OPTIONS=$options" "$folder-copied/build.sh"
+    echo "  build.sh took $((SECONDS - start)) s"
+    cp "$folder-copied"/latents.safetensors "$folder-copied"/build/log.txt "$out/" || failed=1
+  fi
   rm -rf "$(dirname "$folder")"
 done
 exit $failed

@@ -258,6 +258,13 @@ Json Json::of(double number) {
   return value;
 }
 
+Json Json::boolean(bool value) {
+  Json made;
+  made.kind_ = Kind::kBool;
+  made.text_ = value ? "true" : "false";
+  return made;
+}
+
 Json Json::object(std::map<std::string, Json> members) {
   Json value;
   value.kind_ = Kind::kObject;

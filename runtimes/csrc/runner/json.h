@@ -16,6 +16,7 @@ class Json {
   static Json of(const std::string& text);
   static Json of(int64_t number);
   static Json of(double number);  // null where it is not finite: JSON cannot hold it
+  static Json boolean(bool value);
   static Json object(std::map<std::string, Json> members);
   static Json array(std::vector<Json> items);
 

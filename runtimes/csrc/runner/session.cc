@@ -91,7 +91,8 @@ std::string Proof::json() const {
                                  {"xq_mismatches", Json::of(layer.xq_mismatches)},
                                  {"acc_compared", Json::of(layer.acc_compared)},
                                  {"acc_mismatches", Json::of(layer.acc_mismatches)},
-                                 {"runtime_rel_err", Json::of(layer.rel_err)}}));
+                                 {"runtime_rel_err", Json::of(layer.rel_err)},
+                                 {"integers", Json::boolean(layer.acc_compared > 0)}}));
   }
   return Json::object({{"layers_compared", Json::of(static_cast<int64_t>(layers.size()))},
                        {"xq_compared", Json::of(xq)},

@@ -58,7 +58,7 @@ def find_toolchain(device: EdgeDevice, own_architecture: str | None, own_machine
             f"{device.cuda}'s: name an nvcc {device.cuda.split('.')[0]} by CUDACXX"
         )
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False).stdout
-    if f"sm_{architecture}" not in known.split():
+    if f"sm_{architecture.rstrip('a')}" not in known.split():  # it lists sm_90 for 90a
         raise MissingToolError(f"nvcc {version}, which does not know sm_{architecture}")
     include, found = _headers(device)
     cross = device.machine != own_machine

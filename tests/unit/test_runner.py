@@ -25,7 +25,15 @@ from safetensors.numpy import load_file, save_file
 from test_tensorrt_plugin import VERSIONS, cuda_include, includes
 
 from qvdit.contract.bundle import ORT_MODEL, PARITY_INPUTS, PARITY_REFERENCE
-from qvdit.contract.parity import LayerOutputs, LayerReference, SavedParity, compare_models, save_reference
+from qvdit.contract.parity import (
+    LayerOutputs,
+    LayerParity,
+    LayerReference,
+    SavedParity,
+    compare_models,
+    save_reference,
+)
+from qvdit.runtimes.tensorrt.parity import summary
 
 HERE = Path(__file__).parent / "csrc"
 RUNNER = Path(__file__).parents[2] / "runtimes" / "csrc" / "runner"
@@ -37,6 +45,7 @@ CORE = (
     "json",
     "parity",
     "plugin_file",
+    "proof",
     "quantiles",
     "safetensors",
     "sampler",
@@ -615,6 +624,47 @@ def test_profiles_of_layers(runner, folder):
         runner.call("layer_profile", inputs, "d:x")
     with pytest.raises(RefusedError, match="got an input d"):
         runner.call("layer_profile", inputs, "d")
+
+
+def proof(runner: Runner, rows: list[tuple[str, int, int, int, int, float]], models: list[float], as_json: int) -> str:
+    names = (ctypes.c_char_p * len(rows))(*(row[0].encode() for row in rows))
+    numbers = (ctypes.c_int64 * (4 * len(rows)))(*(number for row in rows for number in row[1:5]))
+    errors = (ctypes.c_double * len(rows))(*(row[5] for row in rows))
+    return runner.call("proof", names, numbers, errors, len(rows), (ctypes.c_float * 3)(*models), as_json)
+
+
+def test_proofs_are_told_as_python_tells_them(runner):
+    rows = [("a", 100, 0, 200, 0, 1e-4), ("b", 50, 0, 0, 0, 2e-3)]
+    models = [1.0, 1.001, 1.1]
+    layers = [LayerParity(*row) for row in rows]
+    whole = compare_models(*(np.array([m], np.float32) for m in models))
+    expected, found = summary(layers, whole), json.loads(proof(runner, rows, models, 1))
+    assert set(found) == set(expected)
+    assert [set(row) for row in found["layers"]] == [set(row) for row in expected["layers"]]
+    for name in ("layers_compared", "acc_compared", "xq_mismatches", "acc_mismatches"):
+        assert found[name] == expected[name]
+    for name in ("model_rel_err", "model_cosine", "error_ratio"):
+        assert found[name] == pytest.approx(expected[name], rel=1e-6)
+    text = proof(runner, rows, models, 0)
+    assert "layers   2 of 2 compared: 0 of 150 x_q and 0 of 200 acc differ, relative error at most 2.0e-03\n" in text
+    assert text.endswith("passed")
+
+
+@pytest.mark.parametrize(
+    ("row", "models"),
+    [
+        (("c", 10, 1, 10, 0, 0.0), [1.0, 1.0, 1.1]),
+        (("c", 10, 0, 10, 1, 0.0), [1.0, 1.0, 1.1]),
+        (("c", 10, 0, 10, 0, 0.02), [1.0, 1.0, 1.1]),
+        (("c", 10, 0, 10, 0, float("nan")), [1.0, 1.0, 1.1]),
+        (("c", 10, 0, 10, 0, 0.0), [1.0, 1.02, 1.1]),
+        (("c", 10, 0, 10, 0, 0.0), [float("nan"), 1.0, 1.1]),
+    ],
+)
+def test_proofs_that_fail(runner, row, models):
+    text = proof(runner, [("a", 1, 0, 1, 0, 0.0), row], models, 0)
+    assert text.endswith("failed")
+    assert ("  c: " in text) == (models[:2] == [1.0, 1.0])
 
 
 def test_the_whole_model(runner, folder):

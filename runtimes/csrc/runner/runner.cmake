@@ -32,6 +32,7 @@ add_executable(
   ${here}/parity.cc
   ${here}/plugin.cc
   ${here}/plugin_file.cc
+  ${here}/proof.cc
   ${here}/quantiles.cc
   ${here}/safetensors.cc
   ${here}/sampler.cc

@@ -7,7 +7,6 @@
 #include "error.h"
 #include "files.h"
 #include "folder.h"
-#include "json.h"
 #include "parity.h"
 #include "plugin.h"
 #include "safetensors.h"
@@ -18,14 +17,7 @@ namespace {
 
 constexpr int64_t kLargestEngine = int64_t{1} << 36;
 constexpr int64_t kLargestFacts = 1 << 20;
-constexpr size_t kNamed = 5;         // layers that a message names
 constexpr int64_t kLayersLevel = 0;  // their engine runs once: quick to build; its kernels are the plugin's anyway
-
-std::string format(const char* pattern, double value) {
-  char text[64];
-  std::snprintf(text, sizeof(text), pattern, value);
-  return text;
-}
 
 // An engine until it has been proven. Not hidden: a build that was killed may be looked at.
 std::string pending(const std::string& path) { return path + ".new"; }
@@ -47,67 +39,6 @@ Shape choose(const Shape& one, const Shape& other, const int64_t& (*pick)(const 
 }
 
 }  // namespace
-
-bool Proof::passed() const {
-  return model.passed() && std::all_of(layers.begin(), layers.end(), [](const LayerParity& l) { return l.passed(); });
-}
-
-std::string Proof::text() const {
-  int64_t xq = 0, xq_wrong = 0, acc = 0, acc_wrong = 0;
-  double worst = 0;
-  std::string wrong;
-  size_t failed = 0;
-  for (const LayerParity& layer : layers) {
-    xq += layer.xq_compared, xq_wrong += layer.xq_mismatches;
-    acc += layer.acc_compared, acc_wrong += layer.acc_mismatches;
-    worst = std::max(worst, layer.rel_err);
-    if (!layer.passed() && ++failed <= kNamed) {
-      wrong += "  " + layer.name + ": " + std::to_string(layer.xq_mismatches) + " x_q and " +
-               std::to_string(layer.acc_mismatches) + " acc differ, relative error " + format("%.1e", layer.rel_err) +
-               "\n";
-    }
-  }
-  std::string text = wrong;
-  text += "layers   " + std::to_string(layers.size()) + " of " + std::to_string(layers_saved) +
-          " compared: " + std::to_string(xq_wrong) + " of " + std::to_string(xq) + " x_q and " +
-          std::to_string(acc_wrong) + " of " + std::to_string(acc) + " acc differ, relative error at most " +
-          format("%.1e", worst) + "\n";
-  text += "model    relative error " + format("%.2e", model.rel_err) + " to PyTorch's quantized model, cosine " +
-          format("%.6f", model.cosine) + ", error against full precision " + format("%.3f", model.error_ratio()) +
-          " of the reference's\n";
-  return text;
-}
-
-std::string Proof::json() const {
-  std::vector<Json> rows;
-  int64_t xq = 0, xq_wrong = 0, acc = 0, acc_wrong = 0;
-  double worst = 0;
-  for (const LayerParity& layer : layers) {
-    xq += layer.xq_compared, xq_wrong += layer.xq_mismatches;
-    acc += layer.acc_compared, acc_wrong += layer.acc_mismatches;
-    worst = std::max(worst, layer.rel_err);
-    rows.push_back(Json::object({{"name", Json::of(layer.name)},
-                                 {"xq_compared", Json::of(layer.xq_compared)},
-                                 {"xq_mismatches", Json::of(layer.xq_mismatches)},
-                                 {"acc_compared", Json::of(layer.acc_compared)},
-                                 {"acc_mismatches", Json::of(layer.acc_mismatches)},
-                                 {"runtime_rel_err", Json::of(layer.rel_err)},
-                                 {"integers", Json::boolean(layer.acc_compared > 0)}}));
-  }
-  return Json::object({{"layers_compared", Json::of(static_cast<int64_t>(layers.size()))},
-                       {"xq_compared", Json::of(xq)},
-                       {"xq_mismatches", Json::of(xq_wrong)},
-                       {"acc_compared", Json::of(acc)},
-                       {"acc_mismatches", Json::of(acc_wrong)},
-                       {"worst_layer_rel_err", Json::of(worst)},
-                       {"model_rel_err", Json::of(model.rel_err)},
-                       {"model_cosine", Json::of(model.cosine)},
-                       {"error_runtime", Json::of(model.error_runtime)},
-                       {"error_reference", Json::of(model.error_reference)},
-                       {"error_ratio", Json::of(model.error_ratio())},
-                       {"layers", Json::array(rows)}})
-      .text();
-}
 
 Session::Session(const Arguments& arguments)
     : arguments_(arguments),

@@ -3,29 +3,16 @@
 
 #include <memory>
 #include <string>
-#include <vector>
 
 #include "arguments.h"
 #include "builder.h"
-#include "compare.h"
 #include "engine.h"
 #include "facts.h"
 #include "log.h"
 #include "plugin_file.h"
+#include "proof.h"
 
 namespace qvdit::runner {
-
-struct Proof {
-  std::vector<LayerParity> layers;
-  int64_t layers_saved = 0;  // of the reference run
-  ModelParity model;
-
-  bool passed() const;
-  // What to say of it, a line or more.
-  std::string text() const;
-  // As qvdit/runtimes/tensorrt/parity.py writes it.
-  std::string json() const;
-};
 
 class Session {
  public:

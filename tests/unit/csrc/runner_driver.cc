@@ -12,6 +12,7 @@
 #include "../../../runtimes/csrc/runner/json.h"
 #include "../../../runtimes/csrc/runner/parity.h"
 #include "../../../runtimes/csrc/runner/plugin_file.h"
+#include "../../../runtimes/csrc/runner/proof.h"
 #include "../../../runtimes/csrc/runner/quantiles.h"
 #include "../../../runtimes/csrc/runner/safetensors.h"
 #include "../../../runtimes/csrc/runner/sampler.h"
@@ -200,6 +201,21 @@ int32_t runner_model(const char* parity, const char* folder, int32_t (*compute)(
     const ModelParity result = check_model(model, inputs, reference);
     found[0] = result.rel_err, found[1] = result.cosine, found[2] = result.error_ratio();
     return std::string();
+  });
+}
+
+// A proof of ``count`` layers whose numbers are xq_compared, xq_mismatches, acc_compared, acc_mismatches, and of models
+// r, q and f of one value each; as text or as JSON.
+int32_t runner_proof(const char* const* names, const int64_t* numbers, const double* errors, int32_t count,
+                     const float* models, int32_t json, char* text) {
+  return told(text, [&] {
+    Proof proof;
+    for (int i = 0; i < count; ++i, numbers += 4) {
+      proof.layers.push_back({names[i], numbers[0], numbers[1], numbers[2], numbers[3], errors[i]});
+    }
+    proof.layers_saved = count;
+    proof.model = compare_models({models[0]}, {models[1]}, {models[2]});
+    return json ? proof.json() : proof.text() + (proof.passed() ? "passed" : "failed");
   });
 }
 

@@ -292,7 +292,7 @@ def doctor() -> None:
 
     from qvdit.method import recipe as recipes
     from qvdit.runtimes.onnxruntime import saturates
-    from qvdit.system import missing_for_tensorrt, tool_versions
+    from qvdit.system import edge_tools, missing_for_tensorrt, tool_versions
 
     for name, version in tool_versions().items():
         console.print(f"{name} {version}")
@@ -306,6 +306,8 @@ def doctor() -> None:
     console.print(
         f"tensorrt target: {'ready' if missing is None else f'no engine can be built here: {missing}'}", soft_wrap=True
     )
+    for device, tools in edge_tools().items():
+        _say_line(f"plugin for {device}: {tools}")
 
 
 @app.command()

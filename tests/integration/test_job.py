@@ -602,6 +602,7 @@ def test_doctor_command(cli: Any) -> None:
     assert f"recipes: {', '.join(recipes.names())}" in stdout
     assert "onnxruntime target: ready" in stdout
     assert "tensorrt target: " in stdout
+    assert "plugin for Jetson Orin, JetPack 6.2: " in stdout
 
 
 @pytest.mark.usefixtures("quick")

@@ -15,7 +15,8 @@ struct Engine::Graph {
   }
 };
 
-Engine::Engine(const std::string& plan, Log& log) : log_(log), runtime_(nvinfer1::createInferRuntime(log)) {
+Engine::Engine(const std::string& plan, std::map<std::string, Profile> profile, Log& log)
+    : profile_(std::move(profile)), log_(log), runtime_(nvinfer1::createInferRuntime(log)) {
   const std::string fix = "build it again: qvdit-run build";
   if (!runtime_)
     throw Error("no TensorRT runtime (" + log.why() + ")", "one that starts", "see that TensorRT is whole");
@@ -96,6 +97,7 @@ void Engine::prepare(const Tensors& inputs) {
 void Engine::set_shape(const std::string& name, const Shape& shape) {
   const auto port = inputs_.find(name);
   if (port == inputs_.end()) throw Error("an input " + name, "one that the engine has", "build the engine again");
+  if (const auto served = profile_.find(name); served != profile_.end()) check_profile(name, served->second, shape);
   if (!context_->setInputShape(name.c_str(), dims_of(shape))) {
     throw Error(name + " of " + shape_text(shape) + " (" + log_.why() + ")", "a shape in the engine's profile",
                 "build it again with --min and --max");

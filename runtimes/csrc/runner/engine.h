@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "device.h"
+#include "facts.h"
 #include "log.h"
 #include "model.h"
 
@@ -16,8 +17,9 @@ namespace qvdit::runner {
 
 class Engine final : public Model {
  public:
-  // plan: a serialized engine, which its caller has compared with its facts. Throws Error where TensorRT refuses it.
-  Engine(const std::string& plan, Log& log);
+  // plan: a serialized engine, which its caller has compared with its facts; profile: of these. Throws Error where
+  // TensorRT refuses it.
+  Engine(const std::string& plan, std::map<std::string, Profile> profile, Log& log);
   ~Engine() override;
 
   const std::map<std::string, Port>& inputs() const override { return inputs_; }
@@ -44,6 +46,7 @@ class Engine final : public Model {
   void capture();
   Shape output_shape(const std::string& name) const;
 
+  std::map<std::string, Profile> profile_;  // by input
   Log& log_;
   // Destroyed from the last to the first: the context before its engine, all before the runtime.
   std::unique_ptr<nvinfer1::IRuntime> runtime_;

@@ -76,10 +76,10 @@ void Session::build() {
   std::string layers_plan;
   if (has_layers()) {
     layers_plan = build_one(layers_, kLayersLevel);
-    layers = std::make_unique<Engine>(layers_plan, log_);
+    layers = std::make_unique<Engine>(layers_plan, layers_.facts.profile, log_);
   }
   const std::string model_plan = build_one(model_, arguments_.optimization_level);
-  Engine model(model_plan, log_);
+  Engine model(model_plan, model_.facts.profile, log_);
   model_.facts.device_bytes = model.scratch_bytes();
   const Proof proof = prove(layers.get(), model);
   std::fputs(proof.text().c_str(), stdout);
@@ -144,7 +144,7 @@ std::unique_ptr<Engine> Session::load(Place& place) {
   here.engine_bytes = static_cast<int64_t>(plan.size());
   here.engine_sha256 = sha256_text(plan);
   check_facts(place.facts, here, place.engine);
-  return std::make_unique<Engine>(plan, log_);
+  return std::make_unique<Engine>(plan, place.facts.profile, log_);
 }
 
 Profile Session::profile_of(const Place& place, const std::string& input) const {

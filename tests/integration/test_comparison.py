@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-SMALL = ("--videos", "2", "--seeds", "2", "--prompt-count", "3", "--steps", "2", "--records", "2", "--device", "cpu")
+SMALL = ("--videos", "2", "--seeds", "2", "--prompt-count", "3", "--steps", "2", "--records", "2", "--compute", "cpu")
 TRAINED = ("--distill-steps", "2", "--distill-batch", "2", "--learning-rates", "1e-4,1e-3")
 CELLS = 7  # full precision; rtn and qvdit at w3a6 in both regimes and at w2a6
 

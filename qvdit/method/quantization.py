@@ -294,6 +294,7 @@ def _distil(
 ) -> None:
     """Refine the layers against the full-precision model."""
     device = next(transformer.parameters()).device
+    guided = job.recipe.distillation.guided > 0
     student: Any = copy.deepcopy(transformer)
     generator = torch.Generator().manual_seed(job.seed)
     for layer in layers:
@@ -309,10 +310,10 @@ def _distil(
         layers,
         adapter,
         dict(transformer.config),
-        data.pairs() if job.recipe.distillation.guided else data.groups(),
+        data.pairs() if guided else data.groups(),
         job.recipe.distillation,
         job.distillation_steps,
         job.seed,
         progress,
-        data.guidance(),
+        data.guidance() if guided else 1.0,
     )

@@ -159,23 +159,17 @@ def main(
         print("\n".join(map(summary, done)))
         return
     settings = CompareSettings(models=models, videos=videos, seeds=1, prompt_count=prompt_count)
-    benches = {
-        name: Bench(
-            find_model(name),
-            settings.terms,
-            settings.chosen_device,
-            settings.sampling_batch,
-            out / f"work-{name}",
-            lambda *_: None,
-        )
-        for name in models.split(",")
-    }
+    shared = (settings.terms, settings.chosen_device, settings.sampling_batch)
+    benches = [
+        Bench(model, *shared, out / f"work-{model.name}", lambda *_: None)
+        for model in map(find_model, models.split(","))
+    ]
     for name, recipe in chosen(names).items():
         for width in map(Bits.parse, bits.split(",")):
-            for model, bench in benches.items():
+            for bench in benches:
                 if minutes is not None and time.monotonic() - started > 60 * minutes:
                     return
-                path = rows / f"{model}-{width}-{steps}-{name.replace(' ', '_').replace(',', '')}.json"
+                path = rows / f"{bench.model.name}-{width}-{steps}-{name.replace(' ', '_').replace(',', '')}.json"
                 with held(path, wait=False) as mine:
                     if not mine or path.is_file():
                         continue

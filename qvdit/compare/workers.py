@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import queue
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -133,13 +133,16 @@ def _work(worker: int, order: Order, news: Any) -> None:
         pass
 
 
-def _listen(workers: Sequence[Any], news: Any, watch: Watch, count: Any) -> tuple[list[Outcome], list[str]]:
+def _listen(
+    workers: Sequence[Any], news: Any, watch: Watch, count: Callable[[], tuple[int, int]]
+) -> tuple[list[Outcome], list[str]]:
     """Pass on what the workers say until all have ended; their outcomes, and what went wrong."""
     outcomes: list[Outcome] = []
     errors: list[str] = []
     ended: set[int] = set()
     while len(ended) < len(workers):
-        watch.items(*count(), None)
+        done, total = count()
+        watch.items(done, total, None)
         try:
             worker, kind, value = news.get(timeout=_POLL_SECONDS)
         except queue.Empty:

@@ -112,7 +112,7 @@ def distil(
     for layer in layers:
         layer.quantize_activations = block.quantize_activations
         layer.requires_grad_(True)
-    optimizer = torch.optim.AdamW(_parameter_groups(layers, block), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(_parameter_groups(layers, block), weight_decay=0.0, fused=device.type == "cuda")
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     compile_blocks(student, adapter)
     loss = torch.tensor(math.nan)
@@ -120,7 +120,8 @@ def distil(
         progress(step, steps)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * learning_share(step, steps, block.warm_up)
-        batch = {name: tensor[rows].to(device) for name, tensor in sets[i].items()}
+        index = torch.tensor(rows, device=sets[i][_TARGET].device)
+        batch = {name: tensor[index].to(device) for name, tensor in sets[i].items()}
         with fast_arithmetic(device):
             loss = _loss(student, batch.pop(_TARGET), batch.pop(_WEIGHT), adapter, config, batch, block, guidance)
             loss.backward()

@@ -326,7 +326,7 @@ def compare(
     distill_batch: Annotated[int, typer.Option(min=1, help="Batch of every recipe that trains.")] = 32,
     learning_rates: Annotated[
         str, typer.Option(help="Rates that each training recipe tries at w3a6; the best on held-out prompts is used.")
-    ] = "5e-4,1e-3,2e-3",
+    ] = "2e-4,5e-4,1e-3",
     batch: Annotated[
         int | None, typer.Option(min=1, help="Videos sampled at once (default: 256 on a GPU, 32 on a CPU).")
     ] = None,

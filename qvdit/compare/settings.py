@@ -40,7 +40,7 @@ class CompareSettings:
     device: str = "auto"
     distillation_steps: int | None = None
     distillation_batch: int = 32
-    learning_rates: str = "5e-4,1e-3,2e-3"
+    learning_rates: str = "2e-4,5e-4,1e-3"
     batch: int | None = None
 
     @cached_property

@@ -54,11 +54,11 @@ class Training:
         return self.steps > 0 and len(self.learning_rates) > 1
 
     def applied(self, recipe: Recipe, rate: float) -> Recipe:
-        """The recipe with this budget and learning rate; the other learning rates keep their ratio to it."""
+        """The recipe with this budget and learning rate; that of the weight scales keeps its ratio to it."""
         block = recipe.distillation
-        others = {name: getattr(block, name) for name in ("scale_learning_rate", "latent_learning_rate")}
-        rates = {name: rate * (value / block.learning_rate) for name, value in others.items()}
-        return recipes.override(recipe, distillation={"batch": self.batch, "learning_rate": rate, **rates})
+        ratio = block.scale_learning_rate / block.learning_rate
+        fields = {"batch": self.batch, "learning_rate": rate, "scale_learning_rate": rate * ratio}
+        return recipes.override(recipe, distillation=fields)
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,8 @@ One shard a prompt, so that an interrupted run goes on where it stopped and more
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import inspect
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -89,30 +87,6 @@ class CalibrationData:
             tensors.pop("step")
             found.setdefault(tuple(tensors[name].shape[1:] for name in sorted(tensors)), []).append(tensors)
         return [{name: torch.cat([m[name] for m in members]) for name in members[0]} for members in found.values()]
-
-    def pairs(self) -> list[dict[str, torch.Tensor]]:
-        """As :meth:`groups`, an unconditional record always before the conditional one of the same step.
-
-        Pipelines differ in which they run first. The unconditional text is the one that prompts share; of a single
-        prompt's two nothing tells, and the first is taken.
-        """
-        return [_free_first(group) for group in self.groups()]
-
-    def guidance(self) -> float:
-        """How strongly the sampling was guided; above 1, records are pairs."""
-        with safe_open(self.shards[0], framework="pt") as file:
-            return float(json.loads(file.metadata()["identity"])["guidance"])
-
-
-def _free_first(records: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Records in pairs of one step, each pair with the more common text first."""
-    texts = [hashlib.sha256(row.view(torch.uint8).numpy()).digest() for row in records["encoder_hidden_states"]]
-    count = Counter(texts)
-    order: list[int] = []
-    for first in range(0, len(texts), 2):
-        second = first + 1
-        order += [second, first] if count[texts[second]] > count[texts[first]] else [first, second]
-    return {name: tensor[order] for name, tensor in records.items()}
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:

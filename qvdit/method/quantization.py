@@ -165,7 +165,7 @@ def _start(
     if recipe.weights.bias_correction:  # the mean error is constant, so the bias can carry it
         bias = rounded.error @ prepared.mean if bias is None else bias + rounded.error @ prepared.mean
     gain = None
-    if rounded.alpha is not None and not rounded.grid.shift and _has_gain(site, recipe):
+    if rounded.alpha is not None and _has_gain(site, recipe):
         gain = torch.full((frames,), _GAIN_STARTS[recipe.tqe.gain_start], device=linear.weight.device)
     return TrainableLinear(
         site.name,
@@ -222,8 +222,7 @@ def _on_grid(
     """The grid of a weight [N, K], and its latent weight."""
     block = recipe.weights
     importance = moment.diagonal() if block.clip_by != "weight" else None
-    symmetric, midrise = bits >= block.symmetric_from, bits < block.midrise_below
-    grid = weights.search_grid(weight, bits, symmetric, importance, block.group, block.clip_grid, midrise)
+    grid = weights.search_grid(weight, bits, bits >= block.symmetric_from, importance, block.group, block.clip_grid)
     if block.rounding == "nearest":
         return grid, weight
     if block.clip_by == "rounded_output":
@@ -294,14 +293,10 @@ def _distil(
 ) -> None:
     """Refine the layers against the full-precision model."""
     device = next(transformer.parameters()).device
-    guided = job.recipe.distillation.guided > 0
     student: Any = copy.deepcopy(transformer)
     generator = torch.Generator().manual_seed(job.seed)
     for layer in layers:
-        if job.recipe.distillation.latent == "whole":
-            layer.add_shift()
-        else:
-            layer.add_inner_term(min(job.recipe.tqe.inner_rank, layer.in_features, layer.out_features), generator)
+        layer.add_inner_term(min(job.recipe.tqe.inner_rank, layer.in_features, layer.out_features), generator)
     replace_linears(student, {layer.name: layer.to(device) for layer in layers})
     student.requires_grad_(False)
     distil(
@@ -310,10 +305,9 @@ def _distil(
         layers,
         adapter,
         dict(transformer.config),
-        data.pairs() if guided else data.groups(),
+        data.groups(),
         job.recipe.distillation,
         job.distillation_steps,
         job.seed,
         progress,
-        data.guidance() if guided else 1.0,
     )

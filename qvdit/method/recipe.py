@@ -27,9 +27,6 @@ StepStatistic = Literal["mean", "spearman", "ema"]
 Relation = Literal["frames", "authors"]
 """What the distillation relates: frames, or what the code of Q-VDiT reshapes to, halves of channels."""
 
-Latent = Literal["low_rank", "whole"]
-"""What distillation moves of the weights before they are rounded: a term of inner_rank, or every one of them."""
-
 GainStart = Literal["one", "authors"]
 """Where frame gains start: at 1, or as in Q-VDiT's code, whose gain is 1 + m with m = 1 at first."""
 
@@ -42,7 +39,6 @@ class WeightsBlock:
     # What the clip search keeps: the weight, the layer's output, or its output after second-order rounding.
     clip_by: Literal["weight", "output", "rounded_output"] = "weight"
     clip_grid: ClipGrid = "clean"
-    midrise_below: int = 2  # widths of fewer bits have levels ±1/2, ±3/2 … steps, without a gain by frame; 2: none
     group: int = 0  # input features that share a scale, as near to it as K allows; 0: all of a row
     rounding: Literal["nearest", "second_order"] = "nearest"
     bias_correction: bool = False  # the mean of the output error goes into the bias
@@ -88,13 +84,6 @@ class DistillationBlock:
     relation: Relation = "frames"
     learning_rate: float = 5e-4  # of the low-rank terms and the gains
     scale_learning_rate: float = 1e-3  # of the logarithm of the weight scales
-    latent: Latent = "low_rank"  # what of the latent weights is trained
-    latent_learning_rate: float = 1e-3  # of whole latent weights, in steps of their grid
-    guided: float = 0.0  # share of the loss that compares guided velocities, which is what sampling follows
-    stepping: float = (
-        0.0  # how far a time step's weight follows the sampler's stride there: 0 all alike, 1 as the stride
-    )
-    warm_up: float = 0.0  # share of the steps in which the learning rates rise from zero
     quantize_activations: bool = True  # what is deployed is what is trained
 
 
@@ -170,8 +159,6 @@ def _check_ranges(recipe: Recipe, where: str) -> None:
     if recipe.weights.clip_by == "rounded_output" and recipe.weights.rounding != "second_order":
         wanted = "weights.rounding: second_order beside it"
         raise QvditError(f"weights.clip_by: rounded_output in {where}", wanted, "mend it, or use clip_by: output")
-    if recipe.weights.midrise_below > 2 and recipe.weights.group:
-        raise QvditError(f"weights.midrise_below beside weights.group in {where}", "one of them", "mend it")
     tqe, distillation = recipe.tqe, recipe.distillation
     numbers: dict[str, tuple[float, float, float]] = {
         "tqe.rank": (tqe.rank, 0, MAX_RANK),
@@ -180,16 +167,13 @@ def _check_ranges(recipe: Recipe, where: str) -> None:
     numbers |= {"distillation.batch": (distillation.batch, 1, 1 << 20)}
     numbers |= {f"distillation.steps.{name}": (steps, 0, 1 << 30) for name, steps in distillation.steps.items()}
     numbers |= {"weights.symmetric_from": (recipe.weights.symmetric_from, 2, 9)}
-    numbers |= {"weights.midrise_below": (recipe.weights.midrise_below, 2, 9)}
     numbers |= {"activations.symmetric_from": (recipe.activations.symmetric_from, 2, 9)}
     numbers |= {"rotation_below": (recipe.rotation_below, 2, 9)}
     numbers |= {"weights.group": (recipe.weights.group, 0, 1 << 20)}
     strengths = {"smoothing.strength": recipe.smoothing.strength, **recipe.smoothing.by_bits}
     numbers |= {name: (value, 0, 1) for name, value in strengths.items()}
     numbers |= {"distillation.relation_weight": (distillation.relation_weight, 0, 1e6)}
-    shares = ("guided", "stepping", "warm_up")
-    numbers |= {f"distillation.{name}": (getattr(distillation, name), 0, 1) for name in shares}
-    for name in ("learning_rate", "scale_learning_rate", "latent_learning_rate"):
+    for name in ("learning_rate", "scale_learning_rate"):
         numbers |= {f"distillation.{name}": (getattr(distillation, name), 1e-12, 1)}
     for name, (value, low, high) in numbers.items():
         if not low <= value <= high:

@@ -38,7 +38,6 @@ class TrainableLinear(torch.nn.Module):
     low: torch.Tensor
     high: torch.Tensor
     levels: torch.Tensor
-    stride: torch.Tensor
     inv_smooth: torch.Tensor | None
     hadamard: torch.Tensor | None
 
@@ -58,10 +57,8 @@ class TrainableLinear(torch.nn.Module):
         rotation: int = 0,  # B
     ):
         super().__init__()
-        if grid.shift and (gain is not None or grid.scale.ndim > 1):
-            raise ValueError(f"{name}: a mid-rise grid beside a gain by frame or groups, which its rank cannot follow")
         self.name, self.act_bits, self.act_symmetric, self.rows = name, act_bits, act_symmetric, rows
-        self.weight_bits, self.rotation, self.grid_shift = grid.bits, rotation, grid.shift
+        self.weight_bits, self.rotation = grid.bits, rotation
         # The rotation of the operator makes inputs √B times as large, and weights and alpha as much smaller. What is
         # trained is what it would be with an orthonormal one: an optimizer's steps are then as far, rotated or not.
         self.rotated = max(rotation, 1) ** -0.5
@@ -83,7 +80,6 @@ class TrainableLinear(torch.nn.Module):
         self.gain = None if gain is None else torch.nn.Parameter(gain)
         self.inner_a: torch.nn.Parameter | None = None
         self.inner_b: torch.nn.Parameter | None = None
-        self.shift: torch.nn.Parameter | None = None
         self.quantize_activations = True
 
     def add_inner_term(self, rank: int, generator: torch.Generator) -> None:
@@ -93,18 +89,10 @@ class TrainableLinear(torch.nn.Module):
         self.inner_a = torch.nn.Parameter(a.to(self.weight.device))
         self.inner_b = torch.nn.Parameter(torch.zeros(self.out_features, rank, device=self.weight.device))
 
-    def add_shift(self) -> None:
-        """Let every latent weight be trained: what is added to it, [N, K], in steps of the grid as it is now.
-
-        An optimizer's step then goes as far in every layer and width, measured by what it takes to change an integer.
-        """
-        self.register_buffer("stride", per_feature(self.grid.scale.detach(), self.in_features))
-        self.shift = torch.nn.Parameter(torch.zeros_like(self.weight))
-
     @property
     def grid(self) -> WeightGrid:
         """The grid as it is now."""
-        return WeightGrid(self.weight_bits, self.log_scale.exp(), self.zero, self.grid_shift)
+        return WeightGrid(self.weight_bits, self.log_scale.exp(), self.zero)
 
     @property
     def operator_alpha(self) -> torch.Tensor:
@@ -113,9 +101,7 @@ class TrainableLinear(torch.nn.Module):
         return self.alpha * self.rotated
 
     def latent_weight(self) -> torch.Tensor:
-        """What is rounded: W + B·A / √block, or W + Δ₀ · shift, [N, K]."""
-        if self.shift is not None:
-            return self.weight + self.stride * self.shift
+        """What is rounded: W + B·A / √block, [N, K]."""
         if self.inner_a is None or self.inner_b is None:
             return self.weight
         return self.weight + self.rotated * (self.inner_b @ self.inner_a)
@@ -123,9 +109,8 @@ class TrainableLinear(torch.nn.Module):
     def quantized_weight(self) -> torch.Tensor:
         """Ŵ, [N, K], differentiable in Δ, A and B."""
         scale, zero = (per_feature(values, self.in_features) for values in (self.log_scale.exp(), self.zero))
-        shift = self.grid_shift
-        weight_q = (round_through(self.latent_weight() / scale - shift) + zero).clamp(self.low, self.high)
-        return (weight_q - zero + shift) * scale
+        weight_q = (round_through(self.latent_weight() / scale) + zero).clamp(self.low, self.high)
+        return (weight_q - zero) * scale
 
     def transformed_input(self, x: torch.Tensor) -> torch.Tensor:
         """x̃, float32 [..., K]; on a GPU the rotation is a product, in whatever precision float32 products have."""
@@ -159,14 +144,9 @@ class TrainableLinear(torch.nn.Module):
     def fold(self) -> LowBitLayer:
         """Freeze: B·A disappears into the integers, everything else becomes an array of the operator."""
         grid = self.grid
-        alpha: torch.Tensor | None = None
-        beta: torch.Tensor | None = None
-        gain = None
+        alpha, beta, gain = None, None, None
         if self.alpha is not None and self.beta is not None and bool(self.beta.any()):  # one never trained: nothing
-            alpha, beta, gain = self.operator_alpha, self.beta, self.gain
-        if self.grid_shift:  # the operator's levels are integers: half a step is one more rank, of the sum of x̂
-            alpha, beta = with_offset(alpha, beta, grid.shift * grid.scale, self.in_features)
-        halves = (None, None) if alpha is None or beta is None else half_term(alpha, beta)
+            (alpha, beta), gain = half_term(self.operator_alpha, self.beta), self.gain
         return LowBitLayer(
             name=self.name,
             weight_bits=self.weight_bits,
@@ -178,21 +158,11 @@ class TrainableLinear(torch.nn.Module):
             weight_zero=self.zero.to(torch.int8).cpu().numpy() if bool(self.zero.any()) else None,
             bias=None if self.bias is None else _array(self.bias),
             inv_smooth=None if self.inv_smooth is None else _array(self.inv_smooth),
-            alpha=halves[0],
-            beta=halves[1],
+            alpha=alpha,
+            beta=beta,
             frame_gain=None if gain is None else _array(gain),
             rotation=self.rotation,
         )
-
-
-def with_offset(
-    alpha: torch.Tensor | None, beta: torch.Tensor | None, offset: torch.Tensor, features: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A rank-R term that also adds ``offset`` [N] to every weight: [K, R + 1] and [R + 1, N]."""
-    ones = offset.new_ones(features, 1)
-    if alpha is None or beta is None:
-        return ones, offset[None]
-    return torch.cat([alpha, ones], 1), torch.cat([beta, offset[None]])
 
 
 def half_term(alpha: torch.Tensor, beta: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:

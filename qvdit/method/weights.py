@@ -43,15 +43,11 @@ def per_feature(values: torch.Tensor, k: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class WeightGrid:
-    """The values that the weights of an output channel, or of each of its C groups, may take.
-
-    scale · (q - zero), or scale · (q - zero + 1/2) where the grid is mid-rise.
-    """
+    """The values that the weights of an output channel, or of each of its C groups, may take: scale · (q - zero)."""
 
     bits: int
     scale: torch.Tensor  # float32 [N] or [N, C]
     zero: torch.Tensor  # float32 holding integers, of the scale's shape, in the same range as q; 0 if symmetric
-    shift: float = 0.0  # 1/2 for a mid-rise grid, whose levels lie on both sides of 0 alike
 
     @property
     def low(self) -> int:
@@ -66,12 +62,12 @@ class WeightGrid:
     def quantize(self, weight: torch.Tensor) -> torch.Tensor:
         """Nearest integers of a weight [N, K], as float32."""
         scale, zero = (per_feature(values, weight.shape[1]) for values in (self.scale, self.zero))
-        return (torch.round(weight / scale - self.shift) + zero).clamp(self.low, self.high)
+        return (torch.round(weight / scale) + zero).clamp(self.low, self.high)
 
     def dequantize(self, weight_q: torch.Tensor) -> torch.Tensor:
         """Integers [N, K] → values, float32."""
         scale, zero = (per_feature(values, weight_q.shape[1]) for values in (self.scale, self.zero))
-        return (weight_q - zero + self.shift) * scale
+        return (weight_q - zero) * scale
 
 
 def search_grid(
@@ -81,31 +77,28 @@ def search_grid(
     importance: torch.Tensor | None = None,
     group: int = 0,
     clip_grid: ClipGrid = "clean",
-    midrise: bool = False,
 ) -> WeightGrid:
     """The grid, over ratios of the range of a channel or group, with the least Σ_k importance_k (w_k - ŵ_k)².
 
     weight: float32 [N, K]. importance: [K], the mean square of each input feature; equal weights when absent.
     group: how many features share a scale, as near to it as K allows; 0: all of a row.
-    midrise: a symmetric grid with levels ±1/2, ±3/2 … instead of 0, ±1 …: of a Gaussian it loses a fifth less at two
-    bits, 7 % less at three. Otherwise the range includes 0, so that 0 is representable and padding costs nothing.
+    The range includes 0, so that 0 is representable and padding costs nothing.
     """
     half, search = 1 << (bits - 1), CLIP_SEARCHES[clip_grid]
     n, k = weight.shape
     grouped = (n,) if group_size(k, group) == k else (n, k // group_size(k, group))
     by_group = weight.reshape(*grouped, -1)
     low, high = by_group.amin(-1).clamp(max=0), by_group.amax(-1).clamp(min=0)
-    if symmetric or midrise:
-        full = torch.maximum(-low, high) / (half - 0.5 if midrise else half - 1)
+    if symmetric:
+        full = torch.maximum(-low, high) / (half - 1)
         zero = torch.zeros_like(full)
     else:
         full = (high - low) / (2 * half - 1)
         zero = torch.round(-low / full.clamp(min=_MIN_SCALE)).clamp(0, 2 * half - 1) - half
     best_scale, best_error = full.clamp(min=_MIN_SCALE), torch.full_like(full, torch.inf)
-    shift = 0.5 if midrise else 0.0
     for ratio in search.ratios:
-        grid = WeightGrid(bits, (full * ratio).clamp(min=_MIN_SCALE), zero, shift)
-        divided = WeightGrid(bits, grid.scale + search.slack, zero, shift) if search.slack else grid
+        grid = WeightGrid(bits, (full * ratio).clamp(min=_MIN_SCALE), zero)
+        divided = WeightGrid(bits, grid.scale + search.slack, zero) if search.slack else grid
         error = (grid.dequantize(divided.quantize(weight)) - weight).square()
         if importance is not None:
             error = error * importance
@@ -113,7 +106,7 @@ def search_grid(
         better = error < best_error
         best_scale = torch.where(better, grid.scale, best_scale)
         best_error = torch.where(better, error, best_error)
-    return WeightGrid(bits, best_scale, zero, shift)
+    return WeightGrid(bits, best_scale, zero)
 
 
 def damped(second_moment: torch.Tensor, damping: float = 0.01) -> torch.Tensor:
@@ -133,9 +126,9 @@ def search_second_order(
     """
     rows = max(1, _TRIED_AT_ONCE // (len(_AROUND) * weight.shape[1]))
     parts = zip(weight.split(rows), grid.scale.split(rows), grid.zero.split(rows), strict=True)
-    found = [_search_rows(w, WeightGrid(grid.bits, s, z, grid.shift), second_moment) for w, s, z in parts]
+    found = [_search_rows(w, WeightGrid(grid.bits, s, z), second_moment) for w, s, z in parts]
     scale, weight_q = (torch.cat(values) for values in zip(*found, strict=True))
-    return WeightGrid(grid.bits, scale, grid.zero, grid.shift), weight_q
+    return WeightGrid(grid.bits, scale, grid.zero), weight_q
 
 
 def _search_rows(
@@ -143,7 +136,7 @@ def _search_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The best scale and the integers of some channels. Channels are rounded independently: all tries are one call."""
     scale = torch.cat([grid.scale * factor for factor in _AROUND])
-    tried = WeightGrid(grid.bits, scale, torch.cat([grid.zero] * len(_AROUND)), grid.shift)
+    tried = WeightGrid(grid.bits, scale, torch.cat([grid.zero] * len(_AROUND)))
     repeated = torch.cat([weight] * len(_AROUND))
     weight_q = round_second_order(repeated, tried, second_moment)
     error = tried.dequantize(weight_q) - repeated
@@ -170,7 +163,7 @@ def round_second_order(weight: torch.Tensor, grid: WeightGrid, second_moment: to
         stop = min(start + block, left.shape[1])
         errors = torch.zeros(len(left), stop - start, device=left.device)
         for k in range(start, stop):
-            column, own = left[:, k : k + 1], WeightGrid(grid.bits, scale[:, k], zero[:, k], grid.shift)
+            column, own = left[:, k : k + 1], WeightGrid(grid.bits, scale[:, k], zero[:, k])
             rounded[:, k : k + 1] = own.quantize(column)
             error = (column - own.dequantize(rounded[:, k : k + 1])) / spread[k, k]
             left[:, k:stop] -= error @ spread[k : k + 1, k:stop]

@@ -38,7 +38,6 @@ def chosen() -> dict[str, Recipe]:
         "efficientdm": recipes.load("efficientdm"),
         "qvdit": ours,
         "qvdit, no rotation": dataclasses.replace(ours, rotation="none"),
-        "qvdit, whole": recipes.override(ours, distillation={"latent": "whole"}),
     }
 
 

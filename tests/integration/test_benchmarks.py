@@ -13,7 +13,7 @@ FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 def test_distillation(wan_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     main = runpy.run_path(str(FOLDER / "distillation.py"))["main"]
-    names = "whole 2e-3 mid-rise guided;untrained mid-rise"
+    names = "no relations 5e-4;untrained qvdit"
     fixed = {"out": tmp_path, "models": str(wan_folder), "bits": "w2a6", "steps": 2, "videos": 2, "prompt_count": 2}
     for render in (False, True):
         main(**fixed, names=names, minutes=None, render=render)
@@ -23,4 +23,4 @@ def test_distillation(wan_folder: Path, tmp_path: Path, capsys: pytest.CaptureFi
     for row in rows.values():
         assert len(row["held_out_error"]) == len(row["held_out_error_guided"]) == 10
         assert row["metrics"]["psnr_db"]["mean"] > 0
-    assert capsys.readouterr().out.count("untrained mid-rise") == 2
+    assert capsys.readouterr().out.count("untrained qvdit") == 2

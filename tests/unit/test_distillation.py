@@ -11,15 +11,11 @@ import torch
 
 from qvdit.method.distillation import (
     _draw_batches,
-    _parameter_groups,
     _with_targets,
     distil,
     frame_relations,
-    guided,
-    learning_share,
     related_features,
     relation_loss,
-    stride_weights,
 )
 from qvdit.method.lowbit import replace_linears
 from qvdit.method.recipe import DistillationBlock
@@ -134,10 +130,10 @@ class Trial:
         frames = [self.adapter.output_frames(x, T) for x in (output, target)]
         return float(torch.nn.functional.mse_loss(output, target) + 100 * relation_loss(*frames))
 
-    def distil(self, steps: int = 8, seed: int = 0, guidance: float = 1.0, **changes: object) -> float:
+    def distil(self, steps: int = 8, seed: int = 0, **changes: object) -> float:
         block = DistillationBlock(batch=4, learning_rate=3e-3, scale_learning_rate=1e-2, **changes)
-        models = (self.student, self.teacher, self.layers, self.adapter, dict(self.teacher.config))
-        return distil(*models, [self.inputs], block, steps, seed, guidance=guidance)
+        config = dict(self.teacher.config)
+        return distil(self.student, self.teacher, self.layers, self.adapter, config, [self.inputs], block, steps, seed)
 
 
 def test_distillation_lowers_the_loss(tiny_wan, inputs):
@@ -255,86 +251,3 @@ def test_batches_follow_the_size_of_the_groups():
     assert len(batches) == 300
     assert {i: {len(rows) for g, rows in batches if g == i} for i in (0, 1)} == {0: {1}, 1: {4}}
     assert 0 < sum(i == 0 for i, _ in batches) < 20
-
-
-def test_batches_of_pairs_hold_neighbours():
-    groups = [{"hidden_states": torch.zeros(12)}]
-    batches = _draw_batches(groups, 5, 100, torch.Generator().manual_seed(0), together=2)
-    assert {len(rows) for _, rows in batches} == {4}
-    for _, rows in batches:
-        assert [row % 2 for row in rows] == [0, 1, 0, 1]
-        assert all(second == first + 1 for first, second in zip(rows[::2], rows[1::2], strict=True))
-    assert {row for _, rows in batches for row in rows} == set(range(12))
-
-
-def test_guided_velocities_by_hand():
-    velocity = torch.tensor([[1.0, 0.0], [3.0, 2.0], [0.0, 0.0], [0.0, -1.0]])  # free, told, free, told
-    assert guided(velocity, 2.5).tolist() == [[6.0, 5.0], [0.0, -2.5]]
-    assert torch.equal(guided(velocity, 1.0), velocity[1::2])
-
-
-def test_guided_distillation_compares_what_the_sampler_follows(tiny_wan, inputs):
-    pair = {name: tensor[:2] for name, tensor in inputs.items()}  # every batch is this pair
-    trial = Trial(tiny_wan, pair)
-    with torch.no_grad():
-        target = tiny_wan(**pair, return_dict=False)[0]
-        output = trial.student(**pair, return_dict=False)[0]
-    plain = torch.nn.functional.mse_loss(output, target).item()
-    sampled = torch.nn.functional.mse_loss(guided(output, 2.5), guided(target, 2.5)).item() / (2.5**2 + 1.5**2)
-    for share, expected in ((1.0, sampled), (0.25, 0.75 * plain + 0.25 * sampled)):
-        loss = Trial(tiny_wan, pair).distil(steps=1, guidance=2.5, guided=share, relation_weight=0.0)
-        assert loss == pytest.approx(expected, rel=1e-5)
-    unguided = Trial(tiny_wan, inputs).distil(steps=1)  # without guidance there are no pairs to compare
-    assert Trial(tiny_wan, inputs).distil(steps=1, guidance=1.0, guided=1.0) == unguided
-
-
-def test_strides_weigh_records():
-    times = torch.tensor([1000.0, 1000.0, 900.0, 600.0])
-    weights = stride_weights(times, 1.0)  # strides 100, 100, 300, 600
-    torch.testing.assert_close(weights, torch.tensor([100.0, 100.0, 300.0, 600.0]) / 275)
-    assert torch.equal(stride_weights(times, 0.0), torch.ones(4))
-    torch.testing.assert_close(stride_weights(times, 0.5)[2] / stride_weights(times, 0.5)[0], torch.tensor(3.0).sqrt())
-
-
-def test_strides_weigh_the_loss(tiny_wan, inputs):
-    records = {name: tensor[[0, 5]] for name, tensor in inputs.items()}  # strides 900 and 100
-    trial = Trial(tiny_wan, records)
-    with torch.no_grad():
-        difference = trial.student(**records, return_dict=False)[0] - tiny_wan(**records, return_dict=False)[0]
-    by_record = difference.square().flatten(1).mean(1)
-    found = Trial(tiny_wan, records).distil(steps=1, stepping=1.0, relation_weight=0.0)
-    drawn = _draw_batches([records], 4, 1, torch.Generator().manual_seed(0))[0][1]
-    assert found == pytest.approx(float((by_record * torch.tensor([1.8, 0.2]))[drawn].mean()), rel=1e-5)
-
-
-def test_learning_rates_rise_and_fall():
-    shares = [learning_share(step, 100, 0.1) for step in range(100)]
-    assert max(shares) == shares[10]
-    assert shares[:11] == sorted(shares[:11])
-    assert shares[10:] == sorted(shares[10:], reverse=True)
-    assert shares[0] < 0.1
-    assert shares[-1] < 1e-3
-    assert [learning_share(step, 100, 0.0) for step in (0, 50)] == pytest.approx([1.0, 0.5])
-
-
-def test_every_kind_of_parameter_has_its_rate(tiny_wan, inputs):
-    trial = Trial(tiny_wan, inputs)
-    for layer in trial.layers:
-        layer.inner_a = layer.inner_b = None
-        layer.add_shift()
-    block = DistillationBlock(learning_rate=1e-4, scale_learning_rate=2e-4, latent_learning_rate=3e-4)
-    groups = {group["lr"]: {id(p) for p in group["params"]} for group in _parameter_groups(trial.layers, block)}
-    assert groups[2e-4] == {id(layer.log_scale) for layer in trial.layers}
-    assert groups[3e-4] == {id(layer.shift) for layer in trial.layers}
-    assert groups[1e-4] == {id(layer.bias) for layer in trial.layers}
-
-
-def test_whole_latent_weights_are_trained(tiny_wan, inputs):
-    trial = Trial(tiny_wan, inputs)
-    for layer in trial.layers:
-        layer.inner_a = layer.inner_b = None
-        layer.add_shift()
-    before, integers = trial.loss(), [layer.fold().weight_q for layer in trial.layers]
-    trial.distil(steps=30, latent_learning_rate=3e-2)
-    assert trial.loss() < 0.8 * before
-    assert all((layer.fold().weight_q != old).any() for layer, old in zip(trial.layers, integers, strict=True))

@@ -222,24 +222,3 @@ def test_the_statistic_decides_the_smoothing(make):
     ]
     for first, second in ((0, 1), (0, 2), (1, 2)):
         assert not np.array_equal(found[first], found[second])
-
-
-def test_a_midrise_grid_costs_a_rank_and_saves_error_at_two_bits(make, wan_model, example_inputs):
-    plain = recipes.load("qvdit")
-    midrise = recipes.override(plain, weights={"midrise_below": 4})
-    before, found = make(plain, "w2a6"), make(midrise, "w2a6")
-    assert {layer.rank for layer in before.values()} == {1}
-    assert {layer.rank for layer in found.values()} == {2}
-    assert all(layer.weight_zero is None and layer.frame_gain is None for layer in found.values())
-    assert {layer.rank for layer in make(midrise, "w4a6").values()} == {1}
-    inputs = example_inputs((3, 16, 16, 16), 64, seed=9)
-    errors = [model_error(wan_model, layers, inputs) for layers in (before, found)]
-    assert errors[1] < errors[0]
-
-
-def test_whole_latent_weights_fold_as_low_rank_ones_do(make):
-    recipe = recipes.override(recipes.load("qvdit"), distillation={"latent": "whole", "latent_learning_rate": 0.1})
-    before, found = make(recipe, "w3a6"), make(recipe, "w3a6", 4)
-    assert any((found[name].weight_q != layer.weight_q).any() for name, layer in before.items())
-    for layer in found.values():
-        assert (layer.weight_q.min() >= -4) & (layer.weight_q.max() <= 3)

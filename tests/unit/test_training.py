@@ -26,11 +26,10 @@ def make_linear(
     act_symmetric: bool = True,
     weight_symmetric: bool = False,
     parts: tuple[str, ...] = ("bias", "smooth", "tqe", "gain"),
-    midrise: bool = False,
 ) -> TrainableLinear:
     """``parts``: what it has of bias, smooth, tqe, gain, inner, groups and rotation."""
     weight = draw(N, K)
-    grid = search_grid(weight, bits, weight_symmetric, group=8 if "groups" in parts else 0, midrise=midrise)
+    grid = search_grid(weight, bits, weight_symmetric, group=8 if "groups" in parts else 0)
     layer = TrainableLinear(
         "layer",
         weight,
@@ -316,46 +315,3 @@ def test_a_rotation_does_not_change_how_far_a_step_goes():
         output.square().sum().backward()
     for (name, a), (_, b) in zip(orthonormal.named_parameters(), rotated.named_parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4, msg=name)
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4])
-@pytest.mark.parametrize("parts", [(), ("bias", "tqe"), ("smooth", "tqe", "inner", "rotation")], ids="+".join)
-@torch.no_grad()
-def test_the_half_step_of_a_midrise_grid_is_one_more_rank(bits, parts):
-    layer = make_linear(bits, 8, False, True, parts, midrise=True)
-    layer.log_scale += 0.05 * draw(N, seed=8)
-    frozen, x = layer.fold(), video_rows()
-    assert frozen.rank == 1 + R * ("tqe" in parts)
-    assert frozen.weight_zero is None
-    assert frozen.frame_gain is None
-    assert len(np.unique(frozen.weight_q)) == 1 << bits
-    grid = layer.grid
-    levels = (np.arange(-(1 << bits - 1), 1 << bits - 1) + 0.5)[None] * grid.scale.numpy()[:, None]  # [N, levels]
-    weight = layer.quantized_weight()
-    assert (np.abs(weight.numpy()[:, :, None] - levels[:, None]).min(-1) < 1e-6).all()
-    half = frozen.alpha[:, -1:].astype(np.float64) @ frozen.beta[-1:].astype(np.float64)  # [K, N]
-    np.testing.assert_allclose(half, np.tile(grid.scale.numpy() / 2, (K, 1)), rtol=1.5e-3)
-    term = grid.scale / 2 + (layer.operator_alpha.abs() @ layer.beta.abs() if "tqe" in parts else 0.0)  # [K, N]
-    halves = layer.quantized_input(x).abs() @ term.expand(K, N)  # stored with an error of eps / 2 of each vector
-    difference = (LowBitLinear(frozen)(x) - layer(x)).abs()
-    assert (difference <= 1.01 * torch.finfo(torch.float16).eps * halves + 1e-4).all()
-
-
-def test_a_midrise_grid_cannot_have_a_gain():
-    with pytest.raises(ValueError, match="mid-rise"):
-        make_linear(3, parts=("tqe", "gain"), midrise=True)
-
-
-def test_a_shift_moves_weights_by_steps_of_their_grid():
-    layer = make_linear(3, parts=("tqe", "rotation"))
-    before, integers = layer.latent_weight().clone(), layer.fold().weight_q
-    layer.add_shift()
-    assert torch.equal(layer.latent_weight(), before)
-    layer.shift.data += 1.0
-    torch.testing.assert_close(layer.latent_weight(), before + layer.grid.scale[:, None])
-    inside = integers > -4  # what is clipped may be further away than a step
-    np.testing.assert_array_equal(layer.fold().weight_q[inside], np.minimum(integers + 1, 3)[inside])
-    layer.log_scale.data += 1.0  # the steps stay those of the grid that training began with
-    torch.testing.assert_close(layer.latent_weight(), before + layer.stride)
-    layer(video_rows()).square().sum().backward()
-    assert (layer.shift.grad != 0).any()

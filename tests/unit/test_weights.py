@@ -354,26 +354,3 @@ def test_the_authors_clip_grid_costs_at_eight_bits():
         float(row_error(weight, search_grid(weight, 8, False, clip_grid=c)).sum()) for c in ("clean", "authors")
     )
     assert authors > 1.1 * clean
-
-
-@pytest.mark.parametrize(("bits", "share"), [(2, 0.85), (3, 0.95)])
-def test_a_midrise_grid_loses_less_of_a_gaussian(bits, share):
-    weight = draw(32, 2000)
-    grid, plain = search_grid(weight, bits, False, midrise=True), search_grid(weight, bits, False)
-    assert not grid.zero.any()
-    assert grid.quantize(weight).unique().tolist() == list(range(grid.low, grid.high + 1))
-    levels = grid.dequantize(torch.arange(grid.low, grid.high + 1.0)[None].repeat(32, 1)) / grid.scale[:, None]
-    torch.testing.assert_close(levels[0], torch.arange(grid.low, grid.high + 1.0) + 0.5)
-    assert row_error(weight, grid).sum() < share * row_error(weight, plain).sum()
-
-
-@pytest.mark.parametrize("bits", [2, 3])
-def test_second_order_rounding_on_a_midrise_grid(bits):
-    weight, moment = draw(24, 64), correlated_moment(64)
-    start = search_grid(weight, bits, False, moment.diagonal().float(), midrise=True)
-    grid, weight_q = search_second_order(weight, start, moment.float())
-    assert grid.shift == 0.5
-    assert weight_q.min() >= grid.low
-    assert weight_q.max() <= grid.high
-    nearest = output_error(weight, start.dequantize(start.quantize(weight)), moment)
-    assert output_error(weight, grid.dequantize(weight_q), moment) < 0.7 * nearest

@@ -94,7 +94,7 @@ def test_nothing_to_render(cli: Cli, tmp_path: Path):
 
 
 def test_interrupted(compare: Cli, monkeypatch: pytest.MonkeyPatch):
-    def interrupt(*_: Any) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("qvdit.method.calibration.record", interrupt)

@@ -354,6 +354,9 @@ def compare(
         float | None,
         typer.Option(min=0, help="Start no cell that would end later; the same command goes on (default: no limit)."),
     ] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Processes that share the work, taking turns over the GPUs that are visible.")
+    ] = 1,
     cells: Annotated[
         Path | None, typer.Option(help="Folder of finished cells, to be read and added to (default: OUT/cells).")
     ] = None,
@@ -375,14 +378,14 @@ def compare(
     qvdit compare --minutes 25 --out out/table
 
     Every cell is saved as it is done, and the same command goes on with those that are missing, the most telling first.
-    Started several times, on one GPU or with CUDA_VISIBLE_DEVICES on several, the processes share the work. Cells are
-    small files: copy OUT/cells of several machines into one folder, and
+    One process leaves a GPU idle most of the time: --processes 7 keeps one busy, 14 keep two. Commands started several
+    times share the work, too. Cells are small files: copy OUT/cells of several machines into one folder, and
 
     qvdit compare --render --out out/table
 
     writes their table without a GPU. Cells of other settings do not mix: the table says how many it leaves out.
     """
-    from qvdit.compare import display, job
+    from qvdit.compare import display, job, workers
     from qvdit.compare.settings import CompareSettings
 
     settings = CompareSettings(
@@ -406,6 +409,8 @@ def compare(
     with _going_on(), display.bars(errors) as watch:
         if render:
             outcome, found = None, job.render(places, watch)
+        elif processes > 1:
+            outcome, found = workers.run(settings, places, watch, command, minutes, processes)
         else:
             outcome, found = job.run(settings, places, watch, command, minutes)
     if found:

@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
-from qvdit.contract.bundle import ORT_MODEL, PARITY_INPUTS, PARITY_REFERENCE
+from qvdit.contract.bundle import ORT_MODEL, PARITY_INPUTS, PARITY_REFERENCE, TENSORRT_MODEL
 from qvdit.contract.errors import QvditError
 from qvdit.contract.files import sha256, write_atomic
 
@@ -132,15 +132,20 @@ def save_reference(saved: SavedParity, bundle: Path) -> None:
         reference[f"layer:{layer.name}:y"] = layer.outputs.y
         if layer.outputs.acc is not None:
             reference[f"layer:{layer.name}:acc"] = layer.outputs.acc.astype(np.int32)
-    metadata = {_MODEL: sha256(bundle / ORT_MODEL)}
+    metadata = {_MODEL: _model_hash(bundle)}
     for name, tensors in ((PARITY_INPUTS, inputs), (PARITY_REFERENCE, reference)):
         contiguous = {key: np.asarray(value, order="C") for key, value in tensors.items()}
         write_atomic(bundle / name, partial(save_file, contiguous, metadata=metadata))
 
 
+def _model_hash(bundle: Path) -> str:
+    """Of the model that a reference is for: ONNX Runtime's, or TensorRT's where a folder has no other."""
+    return sha256(bundle / (ORT_MODEL if (bundle / ORT_MODEL).is_file() else TENSORRT_MODEL))
+
+
 def load_reference(bundle: Path) -> SavedParity:
     """Read a bundle's reference run."""
-    model = sha256(bundle / ORT_MODEL)
+    model = _model_hash(bundle)
     inputs, reference = _load(bundle / PARITY_INPUTS, model), _load(bundle / PARITY_REFERENCE, model)
     try:
         return _restore(inputs, reference)

@@ -3,8 +3,8 @@
     python tests/benchmarks/tf32.py --families wan,latte,cogvideox --out tf32.json       # random models
     python tests/benchmarks/tf32.py --models wan-shapes,latte-shapes --out tf32.json     # trained ones
 
-TensorRT uses TF32 for float32 products unless told not to. ONNX Runtime on a CPU has no TF32; both operands of a product
-are rounded before it here (the sums stay float32, as in a tensor core). Errors are relative, against PyTorch in float32.
+TensorRT uses TF32 for float32 products unless told not to. ONNX Runtime on a CPU has no TF32; here both operands of a
+product are rounded before it (the sums stay float32, as in a tensor core). Errors are relative to PyTorch in float32.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ Inputs = dict[str, torch.Tensor]
 def group_of(scope: str, op_type: str) -> str:
     """What part of a model a node is of, by the names of the modules that it was traced in."""
     if "attn" not in scope:
-        return "feed-forward" if ".ff" in scope else scope.partition(".")[0] if "block" not in scope else "blocks, other"
+        return (
+            "feed-forward" if ".ff" in scope else scope.partition(".")[0] if "block" not in scope else "blocks, other"
+        )
     last = scope.rpartition(".")[2]
     kind = next((k for k in ("attn1", "attn2") if k in scope), "attn")
     return f"{kind} projections" if last.startswith("to_") or last == "0" else f"{kind} products"
@@ -60,9 +62,7 @@ def traced_with_scopes(model: Any, adapter: ModelAdapter, inputs: Inputs) -> tup
     with mock.patch.object(tracing, "_tidy", note):
         proto = tracing.trace(model, adapter, {name: m.out_features for name, m in sites.items()}, inputs)
     placed = {n.output[0]: graph.placeholder_name(n) for n in proto.graph.node if n.domain == "qvdit"}
-    weights = {
-        name: (m.weight.numpy(), None if m.bias is None else m.bias.numpy()) for name, m in sites.items()
-    }
+    weights = {name: (m.weight.numpy(), None if m.bias is None else m.bias.numpy()) for name, m in sites.items()}
     baseline = graph.baseline_model(proto, weights)
     groups = {}
     for node in baseline.graph.node:
@@ -134,13 +134,13 @@ def random_models(families: list[str]) -> list[tuple[str, Any, Inputs]]:
         adapter.complete(model)
         video = (2, 3, 16, 32, 32)
         text, times = torch.randn(2, TEXT, 64), torch.tensor([700.0, 700.0])
-        found.append((family, model, dict(zip(adapter.inputs, _ordered(adapter, torch.randn(video), times, text)))))
+        found.append((family, model, _ordered(adapter, torch.randn(video), times, text)))
     return found
 
 
-def _ordered(adapter: ModelAdapter, video: torch.Tensor, times: torch.Tensor, text: torch.Tensor) -> list[torch.Tensor]:
+def _ordered(adapter: ModelAdapter, video: torch.Tensor, times: torch.Tensor, text: torch.Tensor) -> Inputs:
     named = {"hidden_states": video, "timestep": times, "encoder_hidden_states": text}
-    return [named[name] for name in adapter.inputs]
+    return {name: named[name] for name in adapter.inputs}
 
 
 def trained_models(names: list[str]) -> list[tuple[str, Any, Inputs]]:

@@ -77,6 +77,10 @@ class FakeDriver:
 
     cuMemcpyDtoHAsync_v2 = cuMemcpyDtoDAsync_v2 = cuMemcpyHtoDAsync_v2  # noqa: N815
 
+    def cuEventElapsedTime(self, milliseconds: Any, start: Any, end: Any) -> int:  # noqa: N802
+        milliseconds._obj.value = 1.5
+        return 0
+
     def cuGraphInstantiateWithFlags(self, executable: Any, graph: Any, flags: Any) -> int:  # noqa: N802
         executable._obj.value = 77
         return 0

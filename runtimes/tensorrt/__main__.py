@@ -6,12 +6,11 @@ python -m qvdit.runtimes.tensorrt BUNDLE [--video-size HxW …] [--plugin FILE]
 from __future__ import annotations
 
 import argparse
-import re
 import sys
 from pathlib import Path
 
 from qvdit.contract import QvditError
-from qvdit.runtimes.tensorrt.build import BuildOptions, build_engine
+from qvdit.runtimes.tensorrt.build import BuildOptions, build_engine, parse_bytes, parse_size
 
 
 def parser() -> argparse.ArgumentParser:
@@ -35,24 +34,6 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--device", default="cuda", help="cuda or cuda:N")
     made.add_argument("--verbose", action="store_true", help="all that TensorRT says, on stderr")
     return made
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """HxW."""
-    match = re.fullmatch(r"(\d+)x(\d+)", text)
-    if match is None or 0 in (int(match[1]), int(match[2])):
-        raise QvditError(f"--video-size {text!r}", "HEIGHTxWIDTH", "for example --video-size 32x32")
-    return int(match[1]), int(match[2])
-
-
-def parse_bytes(text: str | None) -> int | None:
-    """512M, 4G or a number of bytes."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"(\d+)([KMG]?)", text.upper())
-    if match is None:
-        raise QvditError(f"--workspace {text!r}", "a size in bytes", "for example --workspace 4G")
-    return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,24 @@ class BuildOptions:
     timing_cache: Path | None = None  # None: beside the engine
     plugin: Path | None = None
     verbose: bool = False
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """HxW."""
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if match is None or 0 in (int(match[1]), int(match[2])):
+        raise QvditError(f"--video-size {text!r}", "HEIGHTxWIDTH", "for example --video-size 32x32")
+    return int(match[1]), int(match[2])
+
+
+def parse_bytes(text: str | None) -> int | None:
+    """512M, 4G or a number of bytes."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)([KMG]?)", text.upper())
+    if match is None:
+        raise QvditError(f"--workspace {text!r}", "a size in bytes", "for example --workspace 4G")
+    return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]]
 
 
 @dataclass(frozen=True)

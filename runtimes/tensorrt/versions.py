@@ -21,6 +21,9 @@ def tensorrt() -> Any:
     """The module tensorrt; QvditError where it is missing, broken or too old."""
     try:
         import tensorrt as module
+
+        if not hasattr(module, "__version__"):  # a folder of that name on the path
+            raise ImportError("no package", name="tensorrt")
     except ImportError as error:
         missing = "no TensorRT" if error.name == "tensorrt" else f"a TensorRT that does not load ({error})"
         raise QvditError(

@@ -53,7 +53,7 @@ export out options
 
 # No conftest of the tests around it, which import PyTorch.
 status=0
-QVDIT_TEST_BUNDLES=$(IFS=:; echo "$*") trtpython -m pytest -q -p no:cacheprovider -o addopts= --confcutdir tests/gpu/tensorrt \
-  tests/gpu/tensorrt >"$out/tests.log" 2>&1 || status=$?
+QVDIT_TEST_BUNDLES=$(IFS=:; echo "$*") trtpython -m pytest -q -p no:cacheprovider -o addopts= --confcutdir tests/gpu/engines \
+  tests/gpu/engines >"$out/tests.log" 2>&1 || status=$?
 tail -n 3 "$out/tests.log"
 exit $status

@@ -125,3 +125,132 @@ def test_profile_spans_the_sizes_asked_for_and_the_example() -> None:
     profile = make_profile(inputs, example, BuildOptions(video_sizes=((32, 24), (8, 64))))
     assert profile["hidden_states"] == [[1, 4, 8, 8, 16], [2, 4, 8, 32, 24], [2, 4, 8, 32, 64]]
     assert profile["encoder_hidden_states"] == [[1, 1, 3], [2, 7, 3], [2, 512, 3]]
+
+
+# What a session refuses -----------------------------------------------------------------------------------------------
+
+
+def edit_facts(bundle: Path, **changes: Any) -> None:
+    path = bundle / ENGINE_FACTS
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.fixture
+def built(trt: Fake, exported: Path) -> Path:
+    build(exported)
+    return exported
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tensorrt": "10.3.0"}, ("an engine of TensorRT 10.3.0", "8.6.0")),
+        ({"gpu": "Orin", "compute": "8.7"}, ("an engine for Orin (sm 8.7)", "Fake GPU (sm 9.0)")),
+        ({"onnx_sha256": {}}, ("another model",)),
+        ({"plugin_version": "0"}, ("version 1 of the plugin", "version 0")),
+        ({"engine_sha256": "0"}, ("damaged",)),
+        ({"format": 0}, ("another version",)),
+    ],
+)
+def test_an_engine_that_does_not_belong_here(changes: Any, words: tuple[str, ...], built: Path) -> None:
+    edit_facts(built, **changes)
+    with pytest.raises(QvditError) as error:
+        TensorRtSession.of_bundle(built)
+    assert all(word in str(error.value) for word in words), error.value
+    assert "build" in error.value.fix
+
+
+def test_a_truncated_engine(built: Path) -> None:
+    engine = built / ENGINE
+    engine.write_bytes(engine.read_bytes()[:-1])
+    with pytest.raises(QvditError, match="damaged"):
+        TensorRtSession.of_bundle(built)
+
+
+def test_an_engine_that_tensorrt_refuses(gpu: FakeDriver, trt: Fake) -> None:
+    with pytest.raises(QvditError, match=r"refuses .magic tag does not match"):
+        TensorRtSession(b"nonsense", device.Device())
+
+
+def test_no_engine(trt: Fake, exported: Path) -> None:
+    with pytest.raises(QvditError, match=r"no file .*model\.plan.*qvdit engine"):
+        TensorRtSession.of_bundle(exported)
+
+
+def test_wrong_inputs(built: Path) -> None:
+    saved = load_reference(built).inputs
+    with TensorRtSession.of_bundle(built) as session:
+        with pytest.raises(QvditError, match="pass exactly these"):
+            session.infer({"x": saved["timestep"]})
+        with pytest.raises(QvditError, match=r"timestep of shape \[3\]; expected \[1…2\]"):
+            session.infer(saved | {"timestep": np.zeros(3, np.float32)})
+
+
+def test_more_memory_than_the_gpu_has(built: Path, gpu: FakeDriver) -> None:
+    gpu.memory = 16
+    with (
+        TensorRtSession.of_bundle(built) as session,
+        pytest.raises(QvditError, match=r"out of memory.*free GPU memory"),
+    ):
+        session.infer(load_reference(built).inputs)
+
+
+def test_no_room_for_a_context(built: Path, trt: Fake) -> None:
+    trt.fail.add("context")
+    with pytest.raises(QvditError, match="no room"):
+        TensorRtSession.of_bundle(built)
+
+
+# Plugin and machine ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (BUILT_FOR % b"10.3.0", "built for TensorRT 10.3.0"),
+        (b"\x7fELF", "a build of the LowBitLinear plugin"),
+        (b"", "a build of the LowBitLinear plugin"),
+        (BUILT_FOR.replace(b"Linear 1", b"Linear 2") % b"8.6.0", "version 2 of the plugin"),
+    ],
+)
+def test_a_plugin_that_does_not_fit(content: bytes, words: str, trt: Fake, exported: Path) -> None:
+    (exported / "tensorrt" / plugin.LIBRARY).write_bytes(content)
+    with pytest.raises(QvditError, match=words):
+        build(exported)
+
+
+def test_no_plugin(trt: Fake, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (exported / "tensorrt" / plugin.LIBRARY).unlink()
+    monkeypatch.setattr(plugin, "_PLACES", ())
+    with pytest.raises(QvditError, match="LowBitLinear plugin; build it"):
+        build(exported)
+    monkeypatch.setenv(plugin.VARIABLE, "/no/such.so")
+    with pytest.raises(QvditError, match=r"no file /no/such\.so"):
+        build(exported)
+
+
+def test_a_plugin_that_registers_nothing(trt: Fake, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugin, "_load", lambda path: None)
+    with pytest.raises(QvditError, match="registers no LowBitLinear"):
+        build(exported)
+
+
+def test_a_bundle_for_another_target(trt: Fake, bundle: Path) -> None:
+    with pytest.raises(QvditError, match="--target tensorrt"):
+        build(bundle)
+
+
+def test_a_timing_cache_of_another_gpu_is_replaced(trt: Fake, exported: Path) -> None:
+    cache = exported / "timing"
+    cache.write_bytes(b"other")
+    build(exported, timing_cache=cache)
+    assert cache.read_bytes() == b"++"  # the second build went on from the first one's
+    build(exported, timing_cache=cache)
+    assert cache.read_bytes() == b"++++"
+
+
+def test_no_gpu_and_no_tensorrt(monkeypatch: pytest.MonkeyPatch, exported: Path) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
+    versions.tensorrt.cache_clear()
+    with pytest.raises(QvditError, match="TensorRT"):
+        build(exported)

@@ -42,7 +42,8 @@ class Lines:
 def show(results: Results, to: Console) -> None:
     """All of a run: a table a model, then what of the floors is met."""
     to.print(f"{results.gpu}, driver {results.driver}, {results.date}: {results.command}", soft_wrap=True, markup=False)
-    to.print(f"TensorRT {results.versions.get('tensorrt', 'unknown')}; layers: compared / with integers that differ")
+    to.print(f"TensorRT {results.versions.get('tensorrt', 'unknown')}; layers: compared / integers that differ")
+    to.print("rel. error: to PyTorch's FP16 run; / FP16 run, / float32: error to full precision over PyTorch's")
     for model in results.models():
         to.print(_table(results, model))
     for verdict in verdicts(results):
@@ -71,5 +72,6 @@ def _cells(results: Results, row: Row) -> list[str]:
         *(f"{size / 1e6:.1f}" for size in (row.weight_bytes, row.engine_bytes, row.device_bytes)),
         "NaN" if row.rel_err is None else f"{row.rel_err:.1e}",
         "NaN" if row.error_ratio is None else f"{row.error_ratio:.3f}",
+        "" if row.error_ratio_float32 is None else f"{row.error_ratio_float32:.3f}",
         f"{row.layers_compared} / {differ}" if row.layers_compared else "",
     ]

@@ -196,7 +196,7 @@ def _measure(folders: Sequence[Path], builder: Builder, settings: Settings) -> l
         loaded = [_load(folder, saved, builder.device, builder, settings, stack) for folder in folders]
         timers = {one.folder: one.session.timer(saved.inputs) for one in loaded}
         times = in_turns(timers, settings.repeats)
-        return [_row(one, times[one.folder], saved.full, builder, settings) for one in loaded]
+        return [_row(one, times[one.folder], builder, settings) for one in loaded]
 
 
 def _load(
@@ -210,12 +210,13 @@ def _load(
     return _Loaded(folder, session, before - device.free_memory(), output)
 
 
-def _row(loaded: _Loaded, times: Sequence[float], full: np.ndarray, builder: Builder, settings: Settings) -> Row:
+def _row(loaded: _Loaded, times: Sequence[float], builder: Builder, settings: Settings) -> Row:
     case, half = cases.load(loaded.folder)
+    saved = load_reference(loaded.folder)
     built = _found(loaded.folder, builder)
     assert built is not None
     ms, spread = summary(times)
-    error = relative_error(loaded.output, full) / max(relative_error(half, full), 1e-30)
+    error, quantized = relative_error(loaded.output, saved.full), relative_error(saved.quantized, saved.full)
     return Row(
         model=case.model,
         engine=case.engine,
@@ -225,7 +226,8 @@ def _row(loaded: _Loaded, times: Sequence[float], full: np.ndarray, builder: Bui
         weight_bytes=case.weight_bytes,
         device_bytes=loaded.device_bytes,
         rel_err=_finite(relative_error(loaded.output, half)),
-        error_ratio=_finite(error),
+        error_ratio=_finite(error / max(relative_error(half, saved.full), 1e-30)),
+        error_ratio_float32=_finite(error / quantized) if case.layers and quantized else None,
         layers_compared=built.layers_compared,
         xq_mismatches=built.xq_mismatches,
         acc_mismatches=built.acc_mismatches,

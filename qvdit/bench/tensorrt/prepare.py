@@ -162,7 +162,7 @@ def _trace(transformer: Any, adapter: ModelAdapter, inputs: dict[str, torch.Tens
 
 def _shipped(model: str, root: Path, device: str) -> Source:
     """A trained model; its layers are those that the job makes of it, without distillation."""
-    work = root / "work" / model
+    work = root / "work" / Path(model).name
     job = _job(model, "w4a8", work, device)
     job.run("statistics")
     transformer, adapter, inputs = job.pipeline.transformer, job.source.adapter, job.example()

@@ -23,6 +23,7 @@ class Row:
     device_bytes: int  # of GPU memory that loading the engine and one run took, weights included
     rel_err: float | None  # to PyTorch's own FP16 run of the same, quantized model; None: not finite
     error_ratio: float | None  # its error against full precision over that of PyTorch's FP16 run
+    error_ratio_float32: float | None  # … of PyTorch's float32 run of the quantized model; None where none is quantized
     layers_compared: int  # whose integers were compared; static INT8 shows none
     xq_mismatches: int
     acc_mismatches: int
@@ -67,7 +68,7 @@ def load(path: Path) -> Results:
         raise QvditError(f"{path}, which lacks or adds something ({error})", what, "make it again") from None
 
 
-_OPEN = {"rel_err", "error_ratio", "worst_layer"}
+_OPEN = {"rel_err", "error_ratio", "error_ratio_float32", "worst_layer"}
 
 
 def _row(value: dict[str, Any]) -> Row:

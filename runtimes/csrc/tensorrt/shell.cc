@@ -44,9 +44,8 @@ const int32_t* find_attribute(const void* source, const char* name) {
 // What this library was built for, to be found in its file before anything loads it: qvdit/runtimes/tensorrt/plugin.py.
 #define QVDIT_TEXT_OF(value) #value
 #define QVDIT_TEXT(value) QVDIT_TEXT_OF(value)
-__attribute__((used)) const char kBuiltFor[] =
-    "qvdit LowBitLinear 1 for TensorRT " QVDIT_TEXT(NV_TENSORRT_MAJOR) "." QVDIT_TEXT(NV_TENSORRT_MINOR) "." QVDIT_TEXT(
-        NV_TENSORRT_PATCH);
+#define QVDIT_TENSORRT QVDIT_TEXT(NV_TENSORRT_MAJOR) "." QVDIT_TEXT(NV_TENSORRT_MINOR) "." QVDIT_TEXT(NV_TENSORRT_PATCH)
+__attribute__((used)) const char kBuiltFor[] = "qvdit LowBitLinear 1 for TensorRT " QVDIT_TENSORRT;
 
 }  // namespace
 

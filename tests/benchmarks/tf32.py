@@ -2,6 +2,7 @@
 
     python tests/benchmarks/tf32.py --families wan,latte,cogvideox --out tf32.json       # random models
     python tests/benchmarks/tf32.py --models wan-shapes,latte-shapes --out tf32.json     # trained ones
+    python tests/benchmarks/tf32.py --families wan,latte --write DIR                     # for gpu/engines/float32.py
 
 TensorRT uses TF32 for float32 products unless told not to. ONNX Runtime on a CPU has no TF32; here both operands of a
 product are rounded before it (the sums stay float32, as in a tensor core). Errors are relative to PyTorch in float32.
@@ -21,11 +22,13 @@ from unittest import mock
 import numpy as np
 import onnx
 import onnx.helper
+import onnx.shape_inference
 import torch
 
 from qvdit.contract.parity import relative_error
 from qvdit.export import graph
 from qvdit.export import trace as tracing
+from qvdit.export.opset import lowered
 from qvdit.models import ADAPTERS, ModelAdapter
 from qvdit.runtimes.onnxruntime import session
 
@@ -158,23 +161,51 @@ def trained_models(names: list[str]) -> list[tuple[str, Any, Inputs]]:
     return found
 
 
+def write(name: str, model: Any, inputs: Inputs, folder: Path) -> None:
+    """NAME.onnx and NAME-raw.onnx (as diffusers' module exports by itself), each with all its float values as .npz."""
+    adapter = next(a for a in ADAPTERS if a.class_name == type(model).__name__)
+    program: Any = torch.onnx.export(
+        model, (), kwargs={**inputs, "return_dict": False}, dynamo=True, opset_version=18, verbose=False
+    )
+    ours = lowered(traced_with_scopes(model, adapter, inputs)[0])
+    for suffix, proto in (("", ours), ("-raw", program.model_proto)):
+        onnx.save(proto, folder / f"{name}{suffix}.onnx")
+        inferred = onnx.shape_inference.infer_shapes(proto).graph
+        typed = {v.name: v.type.tensor_type.elem_type for v in (*inferred.value_info, *inferred.output)}
+        names = [n for node in proto.graph.node for n in node.output if typed.get(n) == onnx.TensorProto.FLOAT]
+        seen = {value.name for value in proto.graph.output}
+        proto.graph.output.extend(
+            onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in names if n not in seen
+        )
+        arrays = {key: value.numpy() for key, value in inputs.items()}
+        values = session(proto.SerializeToString(), 2).run(names, arrays)
+        held: dict[str, Any] = {f"input:{key}": value for key, value in arrays.items()}
+        held |= {f"value:{n}": v for n, v in zip(names, values, strict=True)}
+        np.savez(folder / f"{name}{suffix}.npz", order=np.array(names), **held)
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", default="")
     parser.add_argument("--models", default="")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--write", type=Path)
     arguments = parser.parse_args()
     cases = random_models([f for f in arguments.families.split(",") if f])
     cases += trained_models([m for m in arguments.models.split(",") if m])
     rows = []
-    for name, model, inputs in cases:
+    for name, model, inputs in cases if arguments.write else []:
+        arguments.write.mkdir(parents=True, exist_ok=True)
+        write(name, model, inputs, arguments.write)
+    for name, model, inputs in cases if arguments.out else []:
         row = measure(name, model, inputs)
         rows.append(row)
         print(f"{name}: float32 {row['float32']:.1e}, TF32 {row['tf32']:.1e}")
         for group, value in sorted(row["alone"].items(), key=lambda item: -item[1]):
             print(f"    {group}: alone {value:.1e}, all but it {row['all_but'][group]:.1e}", flush=True)
-    arguments.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    if arguments.out:
+        arguments.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python tests/gpu/families.py --out out/families                                   # everything, a folder a bundle
     python tests/gpu/families.py --out out/families --families wan --kinds w4a8,w3a6
 
-Each is the job itself on a pipeline of random weights, up to its parity stage: OUT/FAMILY/KIND. A kind is a bit width,
-or ``int8-static``, which needs NVIDIA ModelOpt. Families are calibrated once for all their kinds.
+Each is the job itself on a pipeline of random weights, up to its parity stage: OUT/FAMILY-KIND. A kind is a bit width,
+or ``int8-static``, which needs NVIDIA ModelOpt. A family is calibrated once for all its kinds, in OUT/work.
 """
 
 from __future__ import annotations
@@ -102,18 +102,17 @@ def random_pipeline(family: str, folder: Path, seed: int = 0) -> Path:
 
 
 def make_bundle(family: str, kind: str, out: Path, device: str = "cpu", threads: int = 1) -> Path:
-    """The bundle OUT/FAMILY/KIND, for TensorRT; what is there already is reused."""
+    """The bundle OUT/FAMILY-KIND, for TensorRT; what is there already is reused."""
     from qvdit.job import Job
     from qvdit.settings import JobSettings
 
-    folder = out / family
-    model = folder / "model"
+    model, bundle = out / "work" / family / "model", out / f"{family}-{kind}"
     if not (model / "model_index.json").is_file():
         random_pipeline(family, model)
-    recipe = {"recipe": "int8-static", "bits": "w8a8"} if kind == "int8-static" else {"recipe": "qvdit", "bits": kind}
+    static = kind == "int8-static"
     settings = JobSettings(
         model=str(model),
-        out=folder / kind,
+        out=bundle,
         target="tensorrt",
         prompt_count=1,
         steps=4,
@@ -121,12 +120,13 @@ def make_bundle(family: str, kind: str, out: Path, device: str = "cpu", threads:
         videos=1,
         device=device,
         distillation_steps=0,
-        calibration=folder / "calibration",
+        calibration=out / "work" / family / "calibration",
         threads=threads,
-        **recipe,
+        recipe=kind if static else "qvdit",
+        bits="w8a8" if static else kind,
     )
     Job(settings).run("parity")
-    return folder / kind
+    return bundle
 
 
 def main() -> None:

@@ -184,6 +184,7 @@ class _Loaded:
     """An engine that is ready to be timed."""
 
     folder: Path
+    saved: SavedParity
     session: TensorRtSession
     device_bytes: int
     output: np.ndarray
@@ -191,29 +192,26 @@ class _Loaded:
 
 def _measure(folders: Sequence[Path], builder: Builder, settings: Settings) -> list[Row]:
     """The rows of one model, its engines loaded beside each other and timed in turns."""
-    saved = load_reference(folders[0])  # of all: one model, one input
     with ExitStack() as stack:
-        loaded = [_load(folder, saved, builder.device, builder, settings, stack) for folder in folders]
-        timers = {one.folder: one.session.timer(saved.inputs) for one in loaded}
+        loaded = [_load(folder, builder, settings, stack) for folder in folders]
+        timers = {one.folder: one.session.timer(one.saved.inputs) for one in loaded}
         times = in_turns(timers, settings.repeats)
         return [_row(one, times[one.folder], builder, settings) for one in loaded]
 
 
-def _load(
-    folder: Path, saved: SavedParity, device: Device, builder: Builder, settings: Settings, stack: ExitStack
-) -> _Loaded:
+def _load(folder: Path, builder: Builder, settings: Settings, stack: ExitStack) -> _Loaded:
+    saved = load_reference(folder)
     gc.collect()
-    before = device.free_memory()
+    before = builder.device.free_memory()
     plan = (folder / "tensorrt" / _PLAN).read_bytes()
-    session = stack.enter_context(TensorRtSession(plan, device, builder.log, settings.cuda_graph))
+    session = stack.enter_context(TensorRtSession(plan, builder.device, builder.log, settings.cuda_graph))
     output = session.infer(saved.inputs)
-    return _Loaded(folder, session, before - device.free_memory(), output)
+    return _Loaded(folder, saved, session, before - builder.device.free_memory(), output)
 
 
 def _row(loaded: _Loaded, times: Sequence[float], builder: Builder, settings: Settings) -> Row:
     case, half = cases.load(loaded.folder)
-    saved = load_reference(loaded.folder)
-    built = _found(loaded.folder, builder)
+    saved, built = loaded.saved, _found(loaded.folder, builder)
     assert built is not None
     ms, spread = summary(times)
     error, quantized = relative_error(loaded.output, saved.full), relative_error(saved.quantized, saved.full)

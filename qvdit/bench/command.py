@@ -83,6 +83,9 @@ def tensorrt(
     prepare_only: Annotated[
         bool, typer.Option("--prepare-only", help="Write the cases, for a Python that has TensorRT but no PyTorch.")
     ] = False,
+    also_fp16: Annotated[
+        str, typer.Option(help="Operators prepared in FP16 that are float32 otherwise: Softmax, say (other CASES).")
+    ] = "",
     render: Annotated[
         Path | None, typer.Option(help="Measure nothing: tables, pictures and verdicts of a run's JSON.")
     ] = None,
@@ -113,7 +116,8 @@ def tensorrt(
     if render is None:
         from qvdit.bench.tensorrt import prepare
 
-        prepare.prepare(prepare.Settings(*chosen, device, seed), cases, lines.say)
+        also_low = tuple(filter(None, also_fp16.split(",")))
+        prepare.prepare(prepare.Settings(*chosen, device, seed, also_low), cases, lines.say)
         if prepare_only:
             return
         from qvdit.bench.tensorrt import measure

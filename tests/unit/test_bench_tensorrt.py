@@ -222,6 +222,15 @@ def test_engines_that_are_there_are_timed_again_without_a_build(trt: Fake, copie
     assert len(trt.builds) == builds + 4
 
 
+def test_profile_is_left_beside_the_engine(trt: Fake, copied: Path) -> None:
+    assert measured(copied, "--engines", "w4a8", "--profile") == 0
+    folder = cases.folder(copied, SLICE, "w4a8")
+    assert json.loads((folder / "profile.json").read_text()) == [
+        {"layer": "mlp", "ms": 3.0},
+        {"layer": "attention", "ms": 2.0},
+    ]
+
+
 def test_mismatches_and_errors_are_told(trt: Fake, copied: Path) -> None:
     trt.wrong_integers, trt.noise = 3, 0.5
     assert measured(copied, "--engines", "w4a8,int8_qdq") == 0

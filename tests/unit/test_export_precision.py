@@ -124,6 +124,15 @@ def test_error_of_mixed_types(case: Any) -> None:
     assert 1e-6 < relative_error(found, expected) < 1e-3
 
 
+def test_an_operator_may_be_low_after_all(case: Any) -> None:
+    traced, model, _ = case
+    typed = precision.strongly_typed(traced, widths_of(model), also_low=["Softmax"])
+    types = types_of(typed)
+    softmaxes = [node for node in typed.graph.node if node.op_type == "Softmax"]
+    assert softmaxes
+    assert {types[name] for node in softmaxes for name in (*node.input, *node.output)} == {HALF}
+
+
 def test_what_would_overflow_is_float32(case: Any) -> None:
     traced, model, _ = case
     call = next(node for node in traced.graph.node if node.domain == "qvdit")

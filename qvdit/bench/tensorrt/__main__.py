@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--device", default="cuda", help="cuda or cuda:N")
     made.add_argument("--no-cuda-graph", action="store_true", help="enqueue every run instead of replaying a graph")
     made.add_argument("--build-only", action="store_true", help="build and compare, time nothing")
+    made.add_argument("--profile", action="store_true", help="leave each engine's time by layer as ENGINE/profile.json")
     made.add_argument("--verbose", action="store_true", help="all that TensorRT says, on stderr")
     return made
 
@@ -70,6 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
             cuda_graph=not given.no_cuda_graph,
             device=given.device,
             build_only=given.build_only,
+            profile=given.profile,
         )
         command = shlex.join(["python", "-m", "qvdit.bench.tensorrt", *(arguments or sys.argv[1:])])
         measure.run(settings, given.out, command, Lines())

@@ -30,7 +30,7 @@ from qvdit.runtimes.tensorrt.engine import model_hashes
 from qvdit.runtimes.tensorrt.parity import LayerEngine
 from qvdit.runtimes.tensorrt.session import TensorRtSession, open_device
 
-_PLAN, _FACTS = "model.plan", "built.json"
+_PLAN, _FACTS, _PROFILE = "model.plan", "built.json", "profile.json"
 REPEATS = 50
 
 
@@ -46,6 +46,7 @@ class Settings:
     cuda_graph: bool = True
     device: str = "cuda"
     build_only: bool = False
+    profile: bool = False  # leave each engine's time by layer beside it, slowest first
 
 
 class Watch(Protocol):
@@ -93,6 +94,8 @@ def run(settings: Settings, out: Path, command: str, watch: Watch) -> Results:
         results = dataclasses.replace(results, rows=(*results.rows, *rows))
         save(results, out)
         watch.measured(results, rows)
+        for folder in built if settings.profile else []:
+            _profile(folder, builder, watch)
     return results
 
 
@@ -197,6 +200,16 @@ def _measure(folders: Sequence[Path], builder: Builder, settings: Settings) -> l
         timers = {one.folder: one.session.timer(one.saved.inputs) for one in loaded}
         times = in_turns(timers, settings.repeats)
         return [_row(one, times[one.folder], builder, settings) for one in loaded]
+
+
+def _profile(folder: Path, builder: Builder, watch: Watch) -> None:
+    plan, inputs = (folder / "tensorrt" / _PLAN).read_bytes(), load_reference(folder).inputs
+    with TensorRtSession(plan, builder.device, builder.log) as session:
+        spent = session.layer_times(inputs)
+    slowest = sorted(spent.items(), key=lambda item: -item[1])
+    path = folder / _PROFILE
+    write_json(path, [{"layer": name, "ms": round(ms, 5)} for name, ms in slowest])
+    watch.say(f"{path}: {sum(spent.values()):.2f} ms in {len(spent)} layers")
 
 
 def _load(folder: Path, builder: Builder, settings: Settings, stack: ExitStack) -> _Loaded:

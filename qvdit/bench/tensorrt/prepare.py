@@ -51,6 +51,7 @@ class Settings:
     engines: tuple[str, ...] = cases.ENGINES
     device: str = "auto"
     seed: int = 0
+    also_low: tuple[str, ...] = ()  # operators in FP16 that the export keeps in float32, as Softmax
 
 
 @dataclass(frozen=True)
@@ -87,26 +88,26 @@ def prepare(settings: Settings, root: Path, say: Say) -> list[Path]:
                 say(f"left out: {model} as {engine}: its recipe needs NVIDIA ModelOpt")
                 continue
             folder = cases.folder(root, model, engine)
-            write(source, engine, full, folder)
+            write(source, engine, full, folder, settings.also_low)
             say(f"prepared {folder}")
             written.append(folder)
     return written
 
 
-def write(source: Source, engine: str, full: np.ndarray, folder: Path) -> None:
-    """One case. full: the output of full precision."""
+def write(source: Source, engine: str, full: np.ndarray, folder: Path, also_low: tuple[str, ...] = ()) -> None:
+    """One case. full: the output of full precision. also_low: as in :class:`Settings`."""
     layers: tuple[Layer, ...] = () if engine == "fp16" else source.layers(engine)
     kept = {} if len(layers) == len(source.sites) else _full_weights(source)
     traced = TracedModel(source.traced, layers, kept, source.largest)
     quantized = full
     references: tuple[LayerReference, ...] = ()
     if layers:
-        export_tensorrt(traced, folder)
+        export_tensorrt(traced, folder, also_low=also_low)
         model = quantized_transformer(source.transformer, layers)
         output, references = sampled_layers(model, _on(source.transformer, source.inputs))
         quantized = output.float().cpu().numpy()
     else:
-        save_model(tensorrt_model(traced), folder / TENSORRT_MODEL)
+        save_model(tensorrt_model(traced, also_low=also_low), folder / TENSORRT_MODEL)
         graph.check(str(folder / TENSORRT_MODEL))
         model = copy.deepcopy(source.transformer)
     arrays = {name: tensor.numpy() for name, tensor in source.inputs.items()}

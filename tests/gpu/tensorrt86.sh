@@ -6,7 +6,8 @@
 #                           [--options '--optimization-level 2'] [BUNDLE …]
 #
 # --tensorrt: a folder with lib/libnvinfer.so.8 and an env.sh that defines trtpython; --headers: TensorRT's include
-# folder. Left in --out: NAME/ with engine.json, parity.json and the log of each bundle, types.txt, tests.log.
+# folder. Left in --out: NAME/ with engine.json, parity.json and the log of each bundle; tests.log. The exit status is 1
+# where an engine was not proven or a test failed.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 tensorrt= headers= out= cutlass= architectures=90a jobs=3 options=
@@ -20,7 +21,7 @@ while [ $# -gt 0 ]; do
   esac
 done
 [ -f "$tensorrt/env.sh" ] && [ -f "$headers/NvInferRuntime.h" ] && [ -n "$out" ] || {
-  sed -n '2,10p' "$0" >&2
+  sed -n '2,11p' "$0" >&2
   exit 2
 }
 mkdir -p "$out"
@@ -46,14 +47,15 @@ prove() {
   done
   echo "== $name: status $status, $((SECONDS - start)) s"
   tail -n 4 "$out/$name/log.txt"
+  return $status
 }
 export -f prove
 export out options
-[ $# -eq 0 ] || printf '%s\0' "$@" | xargs -0 -P "$jobs" -I {} bash -c 'prove "$1"' _ {}
+status=0
+[ $# -eq 0 ] || printf '%s\0' "$@" | xargs -0 -P "$jobs" -I {} bash -c 'prove "$1"' _ {} || status=1
 
 # No conftest of the tests around it, which import PyTorch.
-status=0
 QVDIT_TEST_BUNDLES=$(IFS=:; echo "$*") trtpython -m pytest -q -p no:cacheprovider -o addopts= --confcutdir tests/gpu/engines \
-  tests/gpu/engines >"$out/tests.log" 2>&1 || status=$?
+  tests/gpu/engines >"$out/tests.log" 2>&1 || status=1
 tail -n 3 "$out/tests.log"
 exit $status

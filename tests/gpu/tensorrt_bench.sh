@@ -3,35 +3,38 @@
 #
 #   tests/gpu/tensorrt_bench.sh --tensorrt DIR --headers DIR --out DIR [--models …] [--engines …] [--level 3]
 #                               [--cutlass DIR] [--steps build,prepare,engines,measure] [--gpus 1]
+#                               [--cases build/bench] [--to-prepare '--also-fp16 Softmax'] [--to-measure '--profile']
 #
 # --tensorrt: a folder with lib/libnvinfer.so.8 and an env.sh that defines trtpython; --headers: TensorRT's include
 # folder; --gpus: engines are built side by side on that many GPUs of one kind, and timed on the first alone. What is
-# prepared and built stays in build/bench: the same command goes on where it was stopped. Left in --out:
-# tensorrt.json and the logs of the steps.
+# prepared and built stays in --cases: the same command goes on where it was stopped. Left in --out: tensorrt.json,
+# the logs of the steps and, with --profile, every engine's time by layer.
 set -euo pipefail
+# shellcheck disable=SC2086  # options are words
 root=$(cd "$(dirname "$0")/../.." && pwd)
 tensorrt= headers= out= cutlass= models=wan-shapes,latte-shapes,latte-xl-slice
 engines=fp16,int8_qdq,w8a8,w4a8,w4a8_no_tqe,w3a6 level=3 steps=build,prepare,engines,measure gpus=1
+cases=build/bench to_prepare= to_measure=
 while [ $# -gt 0 ]; do
   case $1 in
-    --tensorrt | --headers | --out | --cutlass | --models | --engines | --level | --steps | --gpus)
-      printf -v "${1#--}" %s "$2"
+    --tensorrt | --headers | --out | --cutlass | --models | --engines | --level | --steps | --gpus | --cases | --to-prepare | --to-measure)
+      name=${1#--}
+      printf -v "${name//-/_}" %s "$2"
       shift 2
       ;;
     *)
-      sed -n '2,11p' "$0" >&2
+      sed -n '2,13p' "$0" >&2
       exit 2
       ;;
   esac
 done
 [ -f "$tensorrt/env.sh" ] && [ -n "$out" ] || {
-  sed -n '2,11p' "$0" >&2
+  sed -n '2,13p' "$0" >&2
   exit 2
 }
 mkdir -p "$out"
 . "$tensorrt/env.sh"
 cd "$root"
-cases=build/bench
 export TRTPYTHONPATH=$root PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 has() { [[ ,$steps, == *,$1,* ]]; }
 told() { # name, command …
@@ -54,7 +57,7 @@ export QVDIT_TENSORRT_PLUGIN=${QVDIT_TENSORRT_PLUGIN:-$root/build/kernels/libqvd
 if has prepare; then
   for model in ${models//,/ }; do
     told "prepare-$model" python3 -c "from qvdit.cli import main; main()" bench tensorrt --prepare-only --cases "$cases" --models "$model" \
-      --engines "$engines" &
+      --engines "$engines" $to_prepare &
   done
   wait
 fi
@@ -76,6 +79,9 @@ fi
 
 if has measure; then
   told measure trtpython -m qvdit.bench.tensorrt "$cases" --out "$out/tensorrt.json" --models "$models" \
-    --engines "$engines" --optimization-level "$level" --timing-cache "$cases/timing-0.cache"
+    --engines "$engines" --optimization-level "$level" --timing-cache "$cases/timing-0.cache" $to_measure
   cat "$out/measure.log"
+  for file in "$cases"/*/*/profile.json; do
+    [ ! -f "$file" ] || { name=${file#"$cases"/}; cp "$file" "$out/${name//\//-}"; }
+  done
 fi

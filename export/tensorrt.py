@@ -1,4 +1,4 @@
-"""The TensorRT target, as far as it goes without an engine: ``tensorrt/model.onnx``, strongly typed, opset 18.
+"""The TensorRT target, as far as it goes without an engine: ``tensorrt/model.onnx``, strongly typed, opset 17.
 
 Layers with dynamic activations become nodes of the LowBitLinear plugin; static INT8 layers are plain Q/DQ, for which
 TensorRT has kernels of its own. NVIDIA ModelOpt's AutoCast cannot type the former (it runs the model to see what would

@@ -215,7 +215,7 @@ class Job:
                 written.extend(export_tensorrt(traced, self.out))
 
         # A folder exported before its bundle held KEPT_WEIGHTS, or for TensorRT at another opset, is exported again.
-        target = [self.settings.target, *(["opset 18", TENSORRT_LAYERS] if self.settings.target == "tensorrt" else [])]
+        target = [self.settings.target, *(["opset 17", TENSORRT_LAYERS] if self.settings.target == "tensorrt" else [])]
         key = [self.stages.result("quantize"), self.stages.result("trace"), *target, KEPT_WEIGHTS]
         self.stages.run("export", key, lambda: written, work)
         self._keep_manifest()

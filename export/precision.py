@@ -58,15 +58,10 @@ def strongly_typed(
 ) -> onnx.ModelProto:
     """A copy of a traced graph with Casts; placeholders stay, graph inputs and outputs stay float32.
 
-        widths: (N, K) of each placeholder's layer. largest: the largest magnitude of each value. static: layers whose
-    <<<<<<< HEAD
-        placeholders read float32, because QuantizeLinear of opset 18 does. exact_inputs: inputs whose own branch is
-        float32. also_low: operators that are of the low type after all where they read nothing wider. Every value's type,
-        and its shape as far as it is known, is in ``value_info``.
-    =======
-        placeholders read float32, because QuantizeLinear of opset 17 does. exact_inputs: inputs whose own branch is
-        float32. Every value's type, and its shape as far as it is known, is in ``value_info``.
-    >>>>>>> engine
+    widths: (N, K) of each placeholder's layer. largest: the largest magnitude of each value. static: layers whose
+    placeholders read float32, because QuantizeLinear of opset 17 does. exact_inputs: inputs whose own branch is
+    float32. also_low: operators that are of the low type after all where they read nothing wider. Every value's type,
+    and its shape as far as it is known, is in ``value_info``.
     """
     typer = _Typer(traced, _TENSOR_TYPE[low], largest or {}, static, exact_inputs)
     typer.follows |= set(also_low)

@@ -40,7 +40,6 @@ _BITS = {"w8a8": "w8a8", "w4a8": "w4a8", "w4a8_no_tqe": "w4a8", "w3a6": "w3a6"}
 XL_BLOCKS = {"latte-xl-slice": 4, "latte-xl": 28}
 _TEXT_TOKENS = 120  # that STDiT and Latte read
 _TERM = 0.1  # size of beta, where nothing is calibrated: the term is a few percent of the output
-_PROMPTS = 4  # that a shipped model is calibrated on
 
 
 @dataclass(frozen=True)
@@ -162,7 +161,10 @@ def _trace(transformer: Any, adapter: ModelAdapter, inputs: dict[str, torch.Tens
 
 
 def _shipped(model: str, root: Path, device: str) -> Source:
-    """A trained model; its layers are those that the job makes of it, without distillation."""
+    """A trained model; its layers are those that the job makes of it.
+
+    Of a short calibration and without distillation: engines are measured, not the method.
+    """
     work = root / "work" / Path(model).name
     job = _job(model, "w4a8", work, device)
     job.run("statistics")
@@ -188,7 +190,9 @@ def _job(model: str, engine: str, work: Path, device: str) -> Job:
         bits="w8a8" if static else _BITS[engine],
         recipe="int8-static" if static else "qvdit",
         target="tensorrt",
-        prompt_count=_PROMPTS,
+        prompt_count=1,
+        steps=8,
+        records=2,
         device=device,
         distillation_steps=0,
         rank=0 if engine == "w4a8_no_tqe" else None,

@@ -70,7 +70,10 @@ def tensorrt(
         "out/bench/tensorrt.json"
     ),
     models: Annotated[
-        str, typer.Option(help="Of wan-shapes, latte-shapes, latte-xl-slice (4 + 4 blocks) and latte-xl (28 + 28).")
+        str,
+        typer.Option(
+            help="Of wan-shapes, latte-shapes, and latte-xl-block, -slice and latte-xl (1, 4 and 28 blocks twice)."
+        ),
     ] = "wan-shapes,latte-shapes,latte-xl-slice",
     engines: Annotated[str, typer.Option(help="Which engines.")] = "fp16,int8_qdq,w8a8,w4a8,w4a8_no_tqe,w3a6",
     repeats: Annotated[int, typer.Option(min=4, help="Timings of each, taken in turns.")] = 50,
@@ -83,6 +86,7 @@ def tensorrt(
     prepare_only: Annotated[
         bool, typer.Option("--prepare-only", help="Write the cases, for a Python that has TensorRT but no PyTorch.")
     ] = False,
+    layers: Annotated[bool, typer.Option(help="Prepare what the integers of every layer are compared by.")] = True,
     also_fp16: Annotated[
         str, typer.Option(help="Operators prepared in FP16 that are float32 otherwise: Softmax, say (other CASES).")
     ] = "",
@@ -117,7 +121,7 @@ def tensorrt(
         from qvdit.bench.tensorrt import prepare
 
         also_low = tuple(filter(None, also_fp16.split(",")))
-        prepare.prepare(prepare.Settings(*chosen, device, seed, also_low), cases, lines.say)
+        prepare.prepare(prepare.Settings(*chosen, device, seed, also_low, layers), cases, lines.say)
         if prepare_only:
             return
         from qvdit.bench.tensorrt import measure

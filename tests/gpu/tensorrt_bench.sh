@@ -2,22 +2,22 @@
 # `qvdit bench tensorrt` on a GPU machine without network, where TensorRT 8.6 brings a Python of its own.
 #
 #   tests/gpu/tensorrt_bench.sh --tensorrt DIR --headers DIR --out DIR [--models …] [--engines …] [--level 3]
-#                               [--cutlass DIR] [--steps build,prepare,engines,measure] [--gpus 1]
+#                               [--cutlass DIR] [--steps build,prepare,engines,measure] [--gpus 1] [--jobs 1]
 #                               [--cases build/bench] [--to-prepare '--also-fp16 Softmax'] [--to-measure '--profile']
 #
 # --tensorrt: a folder with lib/libnvinfer.so.8 and an env.sh that defines trtpython; --headers: TensorRT's include
-# folder; --gpus: engines are built side by side on that many GPUs of one kind, and timed on the first alone. What is
-# prepared and built stays in --cases: the same command goes on where it was stopped. Left in --out: tensorrt.json,
+# folder; --jobs: engines are built by that many processes, on --gpus GPUs of one kind; they are timed on the first, alone.
+# What is prepared and built stays in --cases: the same command goes on where it was stopped. Left in --out: tensorrt.json,
 # the logs of the steps and, with --profile, every engine's time by layer.
 set -euo pipefail
 # shellcheck disable=SC2086  # options are words
 root=$(cd "$(dirname "$0")/../.." && pwd)
 tensorrt= headers= out= cutlass= models=wan-shapes,latte-shapes,latte-xl-slice
-engines=fp16,int8_qdq,w8a8,w4a8,w4a8_no_tqe,w3a6 level=3 steps=build,prepare,engines,measure gpus=1
+engines=fp16,int8_qdq,w8a8,w4a8,w4a8_no_tqe,w3a6 level=3 steps=build,prepare,engines,measure gpus=1 jobs=1
 cases=build/bench to_prepare= to_measure=
 while [ $# -gt 0 ]; do
   case $1 in
-    --tensorrt | --headers | --out | --cutlass | --models | --engines | --level | --steps | --gpus | --cases | --to-prepare | --to-measure)
+    --tensorrt | --headers | --out | --cutlass | --models | --engines | --level | --steps | --gpus | --jobs | --cases | --to-prepare | --to-measure)
       name=${1#--}
       printf -v "${name//-/_}" %s "$2"
       shift 2
@@ -62,17 +62,17 @@ if has prepare; then
   wait
 fi
 
-# Engines first, where there are more GPUs one process each; measuring then builds what is still missing.
+# Engines first, several at once; measuring then builds what is still missing.
 if has engines; then
-  share() { # GPU, its engines
-    CUDA_VISIBLE_DEVICES=$1 trtpython -m qvdit.bench.tensorrt "$cases" --out "$out/unused.json" --models "$models" \
-      --engines "$2" --optimization-level "$level" --timing-cache "$cases/timing-$1.cache" --build-only
+  share() { # job, its engines
+    CUDA_VISIBLE_DEVICES=$(($1 % gpus)) trtpython -m qvdit.bench.tensorrt "$cases" --out "$out/unused.json" \
+      --models "$models" --engines "$2" --optimization-level "$level" --timing-cache "$cases/timing-$1.cache" --build-only
   }
   names=(${engines//,/ })
-  for ((gpu = 0; gpu < gpus; gpu++)); do
+  for ((job = 0; job < jobs; job++)); do
     mine=
-    for ((i = gpu; i < ${#names[@]}; i += gpus)); do mine+=${mine:+,}${names[i]}; done
-    [ -z "$mine" ] || told "engines-$gpu" share "$gpu" "$mine" &
+    for ((i = job; i < ${#names[@]}; i += jobs)); do mine+=${mine:+,}${names[i]}; done
+    [ -z "$mine" ] || told "engines-$job" share "$job" "$mine" &
   done
   wait
 fi

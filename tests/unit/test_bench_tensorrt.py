@@ -23,7 +23,7 @@ from qvdit.bench.tensorrt import __main__ as alone
 from qvdit.bench.tensorrt import cases, floors, prepare, results
 from qvdit.bench.tensorrt.results import Results, Row
 from qvdit.contract import FrameRows, QvditError
-from qvdit.contract.bundle import TENSORRT_MODEL
+from qvdit.contract.bundle import TENSORRT_LAYERS, TENSORRT_MODEL
 from qvdit.contract.layer import padded_size
 from qvdit.contract.parity import load_reference, relative_error
 from qvdit.export import plugin as nodes
@@ -102,10 +102,12 @@ def test_a_shipped_model_goes_through_the_job(wan_folder: Path, tmp_path: Path) 
     assert source.largest["sample"] > 0
     full = prepare._output(source.transformer, source.inputs)
     for engine in ("w4a8", "w4a8_no_tqe"):
-        prepare.write(source, engine, full, tmp_path / engine)
+        layers = engine == "w4a8"
+        prepare.write(source, engine, full, tmp_path / engine, prepare.Settings(layers=layers))
         case, half = cases.load(tmp_path / engine)
         saved = load_reference(tmp_path / engine)
-        assert case.layers == len(saved.layers) == 20
+        assert (case.layers, len(saved.layers)) == (20, 20 if layers else 0)
+        assert (tmp_path / engine / TENSORRT_LAYERS).exists() == layers
         assert relative_error(half, saved.quantized) < relative_error(saved.quantized, full)
     sizes = [cases.load(tmp_path / engine)[0].weight_bytes for engine in ("w4a8_no_tqe", "w4a8")]
     assert sizes[0] < sizes[1]

@@ -19,9 +19,9 @@ from safetensors.numpy import load_file, save_file
 from qvdit.contract import QvditError
 from qvdit.contract.files import read_json, write_atomic, write_json
 
-MODELS = ("wan-shapes", "latte-shapes", "latte-xl-slice", "latte-xl")
+MODELS = ("wan-shapes", "latte-shapes", "latte-xl-block", "latte-xl-slice", "latte-xl")
 ENGINES = ("fp16", "int8_qdq", "w8a8", "w4a8", "w4a8_no_tqe", "w3a6")
-USUAL_MODELS = MODELS[:3]
+USUAL_MODELS = ("wan-shapes", "latte-shapes", "latte-xl-slice")
 FULL_XL = ("fp16", "w4a8")  # engines of latte-xl: a build takes minutes
 FORMAT = 1
 _CASE, _HALF = "case.json", "half.safetensors"

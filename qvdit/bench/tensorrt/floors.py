@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from qvdit.bench.floors import Figure, Verdict
 from qvdit.bench.tensorrt.results import Results, Row, ratio
 
-XL = ("latte-xl-slice", "latte-xl")
+XL = ("latte-xl-block", "latte-xl-slice", "latte-xl")
 _QUANTIZED = ("int8_qdq", "w8a8", "w4a8", "w4a8_no_tqe", "w3a6")
 
 

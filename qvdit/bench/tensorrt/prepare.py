@@ -17,7 +17,7 @@ import torch
 from qvdit.bench import blocks
 from qvdit.bench.tensorrt import cases
 from qvdit.contract import Bits, FrameRows, LowBitLayer, StaticInt8Layer
-from qvdit.contract.bundle import TENSORRT_MODEL
+from qvdit.contract.bundle import TENSORRT_LAYERS, TENSORRT_MODEL
 from qvdit.contract.kernels import KernelConstants
 from qvdit.contract.layer import Layer
 from qvdit.contract.parity import LayerReference, SavedParity, save_reference
@@ -37,7 +37,7 @@ from qvdit.system import tool_versions
 Say = Callable[[str], None]
 
 _BITS = {"w8a8": "w8a8", "w4a8": "w4a8", "w4a8_no_tqe": "w4a8", "w3a6": "w3a6"}
-XL_BLOCKS = {"latte-xl-slice": 4, "latte-xl": 28}
+XL_BLOCKS = {"latte-xl-block": 1, "latte-xl-slice": 4, "latte-xl": 28}
 _TEXT_TOKENS = 120  # that STDiT and Latte read
 _TERM = 0.1  # size of beta, where nothing is calibrated: the term is a few percent of the output
 
@@ -51,6 +51,7 @@ class Settings:
     device: str = "auto"
     seed: int = 0
     also_low: tuple[str, ...] = ()  # operators in FP16 that the export keeps in float32, as Softmax
+    layers: bool = True  # what the integers of every layer are compared by; without it a case is little but its model
 
 
 @dataclass(frozen=True)
@@ -87,26 +88,30 @@ def prepare(settings: Settings, root: Path, say: Say) -> list[Path]:
                 say(f"left out: {model} as {engine}: its recipe needs NVIDIA ModelOpt")
                 continue
             folder = cases.folder(root, model, engine)
-            write(source, engine, full, folder, settings.also_low)
+            write(source, engine, full, folder, settings)
             say(f"prepared {folder}")
             written.append(folder)
     return written
 
 
-def write(source: Source, engine: str, full: np.ndarray, folder: Path, also_low: tuple[str, ...] = ()) -> None:
-    """One case. full: the output of full precision. also_low: as in :class:`Settings`."""
+def write(source: Source, engine: str, full: np.ndarray, folder: Path, settings: Settings) -> None:
+    """One case. full: the output of full precision."""
     layers: tuple[Layer, ...] = () if engine == "fp16" else source.layers(engine)
     kept = {} if len(layers) == len(source.sites) else _full_weights(source)
     traced = TracedModel(source.traced, layers, kept, source.largest)
     quantized = full
     references: tuple[LayerReference, ...] = ()
     if layers:
-        export_tensorrt(traced, folder, also_low=also_low)
+        export_tensorrt(traced, folder, also_low=settings.also_low)
         model = quantized_transformer(source.transformer, layers)
         output, references = sampled_layers(model, _on(source.transformer, source.inputs))
         quantized = output.float().cpu().numpy()
+        if not settings.layers:
+            references = ()
+            for path in (folder / TENSORRT_LAYERS).parent.glob(f"{Path(TENSORRT_LAYERS).name}*"):
+                path.unlink()
     else:
-        save_model(tensorrt_model(traced, also_low=also_low), folder / TENSORRT_MODEL)
+        save_model(tensorrt_model(traced, also_low=settings.also_low), folder / TENSORRT_MODEL)
         graph.check(str(folder / TENSORRT_MODEL))
         model = copy.deepcopy(source.transformer)
     arrays = {name: tensor.numpy() for name, tensor in source.inputs.items()}

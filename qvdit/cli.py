@@ -218,6 +218,9 @@ def engine(
         ),
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Largest batch (default: the example's).")] = None,
+    fixed: Annotated[
+        bool, typer.Option("--fixed", help="The example's shapes and no other: quicker to build and to run.")
+    ] = False,
     workspace: Annotated[
         str | None, typer.Option(help="Scratch memory for the build, as 512M or 4G (default: all there is).")
     ] = None,
@@ -237,6 +240,7 @@ def engine(
     options = BuildOptions(
         video_sizes=tuple(map(parse_size, video_size or [])),
         batch=batch,
+        fixed=fixed,
         workspace=parse_bytes(workspace),
         optimization_level=optimization_level,
         timing_cache=timing_cache,

@@ -19,6 +19,7 @@ from qvdit.contract.bundle import (
     KEPT_WEIGHTS,
     MANIFEST,
     ORT_MODEL,
+    PARITY_HALF,
     PARITY_INPUTS,
     PARITY_REFERENCE,
     QDQ_MODEL,
@@ -347,7 +348,7 @@ class Job:
             with contextlib.suppress(QvditError):
                 there = read_manifest(self.out)
                 self.replaced = f"{there.recipe} {there.bits}"
-        stale = (MANIFEST, KEPT_WEIGHTS, PARITY_INPUTS, PARITY_REFERENCE, "report.json", "report.html")
+        stale = (MANIFEST, KEPT_WEIGHTS, PARITY_INPUTS, PARITY_REFERENCE, PARITY_HALF, "report.json", "report.html")
         models = (QDQ_MODEL, ORT_MODEL, TENSORRT_MODEL, TENSORRT_LAYERS)
         for name in (*stale, *models, *(f"{model}.data" for model in models)):
             (self.out / name).unlink(missing_ok=True)

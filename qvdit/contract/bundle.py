@@ -19,6 +19,7 @@ TENSORRT_LAYERS = "tensorrt/layers.onnx"  # every layer with its integers in vie
 ENGINE, ENGINE_FACTS = "tensorrt/model.plan", "tensorrt/engine.json"  # built on the device that it runs on
 ENGINE_PARITY = "tensorrt/parity.json"
 PARITY_INPUTS, PARITY_REFERENCE = "parity/inputs.safetensors", "parity/reference.safetensors"
+PARITY_HALF = "parity/half.safetensors"  # PyTorch's FP16 run on a GPU, where one was made; not in the manifest
 
 
 @dataclass(frozen=True)

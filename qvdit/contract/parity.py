@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
-from qvdit.contract.bundle import ORT_MODEL, PARITY_INPUTS, PARITY_REFERENCE, TENSORRT_MODEL
+from qvdit.contract.bundle import ORT_MODEL, PARITY_HALF, PARITY_INPUTS, PARITY_REFERENCE, TENSORRT_MODEL
 from qvdit.contract.errors import QvditError
 from qvdit.contract.files import sha256, write_atomic
 
@@ -152,6 +152,23 @@ def load_reference(bundle: Path) -> SavedParity:
     except (KeyError, IndexError) as error:
         missing = f"parity files of {bundle} without {error}"
         raise QvditError(missing, "those of one export", "export the model again") from None
+
+
+def save_half(bundle: Path, output: np.ndarray) -> None:
+    """Keep what PyTorch's FP16 run of the quantized model made of a bundle's saved inputs."""
+    tensors = {"model:half": np.asarray(output, np.float32, order="C")}
+    write_atomic(bundle / PARITY_HALF, partial(save_file, tensors, metadata={_MODEL: _model_hash(bundle)}))
+
+
+def load_half(bundle: Path) -> np.ndarray | None:
+    """What :func:`save_half` kept, float32, or None where there was no such run."""
+    path = bundle / PARITY_HALF
+    if not path.is_file():
+        return None
+    try:
+        return _load(path, _model_hash(bundle))["model:half"]
+    except KeyError:
+        raise QvditError(f"{path} without its tensor", "PyTorch's FP16 run", f"remove {path}") from None
 
 
 def _load(path: Path, model: str) -> dict[str, np.ndarray]:

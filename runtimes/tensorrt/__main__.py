@@ -1,6 +1,6 @@
 """Builds and proves a bundle's engine, on the machine that is to run it: no PyTorch, no command-line packages.
 
-python -m qvdit.runtimes.tensorrt BUNDLE [--video-size HxW …] [--plugin FILE]
+python -m qvdit.runtimes.tensorrt BUNDLE [--video-size HxW … | --fixed] [--plugin FILE]
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ def parser() -> argparse.ArgumentParser:
         help="height and width of the model's input; the first is tuned for (default: the example's)",
     )
     made.add_argument("--batch", type=int, help="largest batch (default: the example's)")
+    made.add_argument(
+        "--fixed", action="store_true", help="the example's shapes and no other: quicker to build and to run"
+    )
     made.add_argument("--workspace", metavar="SIZE", help="scratch memory for the build, as 512M or 4G (default: all)")
     made.add_argument("--optimization-level", type=int, choices=range(6), help="0, fast to build, to 5 (default: 3)")
     made.add_argument(
@@ -43,6 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
         options = BuildOptions(
             video_sizes=tuple(map(parse_size, given.video_size)),
             batch=given.batch,
+            fixed=given.fixed,
             workspace=parse_bytes(given.workspace),
             optimization_level=given.optimization_level,
             timing_cache=given.timing_cache,

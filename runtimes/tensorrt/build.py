@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import fcntl
 import hashlib
-import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qvdit.contract import QvditError
-from qvdit.contract.bundle import ENGINE, ENGINE_FACTS, ENGINE_PARITY, TENSORRT_LAYERS, TENSORRT_MODEL, Manifest, verify
+from qvdit.contract.bundle import ENGINE, ENGINE_PARITY, TENSORRT_LAYERS, TENSORRT_MODEL, Manifest, verify
 from qvdit.contract.files import write_atomic, write_json
 from qvdit.contract.parity import load_reference
 from qvdit.runtimes.tensorrt import plugin, versions
 from qvdit.runtimes.tensorrt.device import Device
-from qvdit.runtimes.tensorrt.engine import EngineFacts, Profile, model_hashes, pending
+from qvdit.runtimes.tensorrt.engine import EngineFacts, Profile, complete_install, install, model_hashes, pending
 from qvdit.runtimes.tensorrt.log import logger
 from qvdit.runtimes.tensorrt.session import TensorRtSession, open_device
 
@@ -33,6 +33,7 @@ class BuildOptions:
 
     video_sizes: tuple[tuple[int, int], ...] = ()  # height and width of hidden_states; the first is tuned for
     batch: int | None = None  # the largest; None: the example's
+    fixed: bool = False  # one shape alone, the example's or the one asked for: quicker to build, and to run
     workspace: int | None = None  # bytes of scratch memory; None: all there is
     optimization_level: int | None = None  # 0 to 5
     timing_cache: Path | None = None  # None: beside the engine
@@ -76,6 +77,8 @@ def make_profile(
 
     inputs: the manifest's, with names for what varies. example: the shapes of the saved reference.
     """
+    if options.fixed:
+        return _fixed_profile(example, options)
     found = {name: size for key, dims in inputs.items() for name, size in zip(dims, example[key], strict=True)}
     ranges = {name: (size, size, size) for name, size in found.items() if isinstance(name, str)}
     if "batch" in ranges:
@@ -100,15 +103,24 @@ def make_profile(
     }
 
 
+def _fixed_profile(example: Mapping[str, Sequence[int]], options: BuildOptions) -> Profile:
+    """The example's shapes and no other: parity runs them."""
+    if options.video_sizes or options.batch:
+        raise QvditError("--fixed with --video-size or --batch", "one of them", "leave out --fixed")
+    return {key: [list(shape)] * 3 for key, shape in example.items()}
+
+
 # Building ------------------------------------------------------------------------------------------------------------
 
 
 class Builder:
     """Builds engines on one GPU: one logger, one plugin, one timing cache for all of them."""
 
-    def __init__(self, device: Device, options: BuildOptions, cache: Path, library: plugin.PluginLibrary | None):
+    def __init__(
+        self, device: Device, options: BuildOptions, cache: Path, library: plugin.PluginLibrary | None, say: Say = print
+    ):
         self.trt = versions.tensorrt()
-        self.device, self.options, self.cache = device, options, cache
+        self.device, self.options, self.cache, self.say = device, options, cache, say
         self.log = logger(options.verbose)
         if library is not None:
             plugin.load_library(library, self.log)
@@ -121,15 +133,19 @@ class Builder:
         parser = self.trt.OnnxParser(network, self.log)
         if not parser.parse_from_file(str(model)):
             raise self._parse_error(model, parser)
+        profile = {network.get_input(i).name: shapes_of(network.get_input(i).name) for i in range(network.num_inputs)}
+        versions.fix_shapes(network, profile)
         config = builder.create_builder_config()
         versions.configure(self.trt, config, network, self.options.workspace, level, self.options.verbose)
         shapes = builder.create_optimization_profile()
-        for index in range(network.num_inputs):
-            name = network.get_input(index).name
-            shapes.set_shape(name, *shapes_of(name))
+        for name, sizes in profile.items():
+            shapes.set_shape(name, *sizes)
         config.add_optimization_profile(shapes)
         versions.timing_cache(config, self.cache.read_bytes() if self.cache.is_file() else b"")
         plan = builder.build_serialized_network(network, config)
+        if plan is None and versions.relax(self.trt, config):
+            self.say(f"no engine with every type as asked for ({self.log.why()}): trying with types as wishes")
+            plan = builder.build_serialized_network(network, config)
         if plan is None:
             raise QvditError(
                 f"{model}, which TensorRT does not build ({self.log.why()})",
@@ -152,13 +168,20 @@ class Builder:
         )
 
     def _keep_cache(self, config: Any) -> None:
-        cache = config.get_timing_cache()
-        if cache is not None:
-            content = bytes(cache.serialize())
-            # Engines may be built side by side: the last one's measurements stay, whole.
-            temporary = self.cache.with_name(f"{self.cache.name}.{os.getpid()}")
-            write_atomic(temporary, lambda path: path.write_bytes(content))
-            temporary.replace(self.cache)
+        """Add this build's measurements to the file's, which other builds may have added to meanwhile."""
+        with _held(self.cache):
+            content = versions.merged_timing_cache(config, self.cache.read_bytes() if self.cache.is_file() else b"")
+            if content is not None:
+                write_atomic(self.cache, lambda path: path.write_bytes(content))
+
+
+@contextlib.contextmanager
+def _held(path: Path) -> Iterator[None]:
+    """Hold the lock that stands for a file; .NAME.lock stays beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed, be it by the end of the process
+        yield
 
 
 def build_engine(bundle: Path, options: BuildOptions, device: str = "cuda", say: Say = print) -> Built:
@@ -171,11 +194,12 @@ def build_engine(bundle: Path, options: BuildOptions, device: str = "cuda", say:
     trt = versions.tensorrt()
     gpu = open_device(device)
     manifest = _exported(bundle)
+    complete_install(bundle)
     library = _library(bundle, options)
     saved = load_reference(bundle)
     profile = make_profile(manifest.inputs, {name: value.shape for name, value in saved.inputs.items()}, options)
     cache = options.timing_cache or (bundle / ENGINE).with_name("timing.cache")
-    builder = Builder(gpu, options, cache, library)
+    builder = Builder(gpu, options, cache, library, say)
     here = gpu.facts()
     say(f"TensorRT {trt.__version__} on {here.name}: building {bundle / ENGINE}")
     start = time.monotonic()
@@ -203,16 +227,8 @@ def build_engine(bundle: Path, options: BuildOptions, device: str = "cuda", say:
         parity = check_engine(bundle, saved, session, builder, say)
     write_json(pending(bundle / ENGINE_PARITY), parity)
     refuse_failed(parity, pending(bundle / ENGINE_PARITY))
-    _install(bundle, plan, facts)
+    install(bundle, plan, facts)
     return Built(facts, parity)
-
-
-def _install(bundle: Path, plan: bytes, facts: EngineFacts) -> None:
-    """Put a proven engine in the last one's place."""
-    write_atomic(pending(bundle / ENGINE), lambda path: path.write_bytes(plan))
-    write_json(pending(bundle / ENGINE_FACTS), dataclasses.asdict(facts))
-    for name in (ENGINE, ENGINE_FACTS, ENGINE_PARITY):
-        pending(bundle / name).replace(bundle / name)
 
 
 def _exported(bundle: Path) -> Manifest:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qvdit.contract import QvditError
-from qvdit.contract.bundle import ENGINE, ENGINE_FACTS, TENSORRT_MODEL
-from qvdit.contract.files import read_json, sha256
+from qvdit.contract.bundle import ENGINE, ENGINE_FACTS, ENGINE_PARITY, TENSORRT_MODEL
+from qvdit.contract.files import read_json, sha256, write_atomic, write_json
 from qvdit.runtimes.tensorrt.device import Gpu
 
 FORMAT = 1
@@ -52,9 +53,40 @@ def pending(path: Path) -> Path:
     return path.with_name(f"{path.name}.new")
 
 
+def install(bundle: Path, plan: bytes, facts: EngineFacts) -> None:
+    """Put a proven engine, whose parity result is pending, in the last one's place."""
+    write_atomic(pending(bundle / ENGINE), lambda path: path.write_bytes(plan))
+    write_json(pending(bundle / ENGINE_FACTS), dataclasses.asdict(facts))
+    pending(bundle / ENGINE).replace(bundle / ENGINE)
+    complete_install(bundle)
+
+
+def complete_install(bundle: Path) -> None:
+    """Finish what :func:`install` began, if it was ended between its renames.
+
+    The engine's file comes first: facts that are pending and of the engine in place belong there.
+    """
+    facts = pending(bundle / ENGINE_FACTS)
+    if not facts.is_file() or not (bundle / ENGINE).is_file():
+        return
+    if _parsed(facts).engine_sha256 != sha256(bundle / ENGINE):
+        return  # of an engine that was never put in place, and will be built again
+    try:
+        for name in (ENGINE_PARITY, ENGINE_FACTS):
+            with contextlib.suppress(FileNotFoundError):  # another process is at the same
+                pending(bundle / name).replace(bundle / name)
+    except OSError as error:
+        raise QvditError(
+            f"{bundle / ENGINE}, whose installation was cut short and cannot be finished ({error})",
+            "a folder that can be written",
+            f"rename {facts} to {bundle / ENGINE_FACTS}",
+        ) from None
+
+
 def read_facts(bundle: Path) -> EngineFacts:
     """The facts of a bundle's engine; QvditError where there is none, or it is not the one they are of."""
     engine, path = bundle / ENGINE, bundle / ENGINE_FACTS
+    complete_install(bundle)
     if not engine.is_file():
         raise QvditError(
             f"no file {engine}", "an engine", "build it: qvdit engine, or python -m qvdit.runtimes.tensorrt"

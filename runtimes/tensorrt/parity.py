@@ -20,6 +20,8 @@ from qvdit.contract.parity import (
     SavedParity,
     compare_layer,
     compare_models,
+    load_half,
+    relative_error,
 )
 from qvdit.runtimes.cuda import STORED_ZERO
 from qvdit.runtimes.tensorrt.session import TensorRtSession
@@ -117,13 +119,40 @@ def check_engine(
         compared = layers.compare()
     finally:
         layers.close()
-    result = summary(compared, compare_models(session.infer(saved.inputs), saved.quantized, saved.full))
+    output = session.infer(saved.inputs)
+    result = summary(compared, compare_models(output, saved.quantized, saved.full))
+    half = load_half(bundle)
+    if half is not None:
+        result |= _against_half(output, half, saved.full)
+    name, _, error = standard(result)
     say(
         f"parity: {result['layers_compared']} layers, {result['xq_mismatches']} x_q and {result['acc_mismatches']} acc "
         f"differ; model: relative error {_text(result['model_rel_err'])} to PyTorch's quantized model, error against "
-        f"full precision {_text(result['error_ratio'])} of its"
+        f"full precision {_text(error)} of that of {name}"
     )
     return result
+
+
+def _against_half(output: np.ndarray, half: np.ndarray, full: np.ndarray) -> dict[str, Any]:
+    """The engine beside PyTorch's FP16 run of the same quantized model."""
+    error_half = relative_error(half, full)
+    return _finite(
+        {
+            "error_half": error_half,
+            "half_rel_err": relative_error(output, half),
+            "half_error_ratio": relative_error(output, full) / max(error_half, 1e-30),
+        }
+    )
+
+
+def standard(result: Mapping[str, Any]) -> tuple[str, str, float | None]:
+    """What the engine's error is measured by: its name, the key of the ratio, and the ratio.
+
+    That is PyTorch's FP16 run, whose rounding is the engine's kind, or its float32 run where there is no other.
+    """
+    key = "half_error_ratio" if "half_error_ratio" in result else "error_ratio"
+    name = "PyTorch's FP16 run of it" if key == "half_error_ratio" else "PyTorch's float32 run of it"
+    return name, key, result[key]
 
 
 def summary(layers: list[LayerParity], model: ModelParity) -> dict[str, Any]:
@@ -163,8 +192,9 @@ def failures(result: Mapping[str, Any]) -> list[str]:
     ]
     if static:
         found.append(f"{len(static)} static layers off by more than {STATIC_TOLERANCE}, the first {static[0]['name']}")
-    if not _within(result["error_ratio"], *RATIO):
-        found.append(f"an error against full precision of {_text(result['error_ratio'])} of the reference's")
+    name, _, ratio = standard(result)
+    if not _within(ratio, *RATIO):
+        found.append(f"an error against full precision of {_text(ratio)} of that of {name}")
     return found
 
 

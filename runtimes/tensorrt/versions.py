@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from qvdit.contract import QvditError
@@ -75,33 +76,103 @@ def configure(trt: Any, config: Any, network: Any, workspace: int | None, level:
     if not strongly_typed(trt):
         type_layers(trt, network)
         config.set_flag(trt.BuilderFlag.FP16)
-        config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
-        if any(network.get_layer(i).type == trt.LayerType.QUANTIZE for i in range(network.num_layers)):
+        if any(layer.type == trt.LayerType.QUANTIZE for layer in _layers(network)):
             config.set_flag(trt.BuilderFlag.INT8)
+            # What INT8 kernels there are for a product decides in which type it ends.
+            config.set_flag(trt.BuilderFlag.PREFER_PRECISION_CONSTRAINTS)
+        else:
+            config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
         if not _works("cublasLt", (12, 11)) or not _works("cudnn", (8,)):
             config.set_tactic_sources(0)  # else the builder fails where these libraries are missing
 
 
+def relax(trt: Any, config: Any) -> bool:
+    """Let a build that failed stray from the types where there is no other way; False where that changes nothing."""
+    strict = getattr(trt.BuilderFlag, "OBEY_PRECISION_CONSTRAINTS", None)
+    if strict is None or not config.get_flag(strict):
+        return False
+    config.clear_flag(strict)
+    config.set_flag(trt.BuilderFlag.PREFER_PRECISION_CONSTRAINTS)
+    return True
+
+
+def fix_shapes(network: Any, profile: dict[str, list[list[int]]]) -> None:
+    """Make the extents of inputs constant where a profile has one size: all that is computed from them goes away."""
+    for tensor in (network.get_input(i) for i in range(network.num_inputs)):
+        smallest, _, largest = profile[tensor.name]
+        tensor.shape = tuple(low if low == high else -1 for low, high in zip(smallest, largest, strict=True))
+
+
 def type_layers(trt: Any, network: Any) -> int:
     """Give every layer of a weakly typed network the precision of its own tensors; returns how many got one."""
-    floats = {trt.DataType.FLOAT, trt.DataType.HALF}
+    types, floats = tensor_types(trt, network), _floats(trt)
     free = {trt.LayerType.CONSTANT, trt.LayerType.SHAPE, trt.LayerType.PLUGIN_V2, trt.LayerType.CAST}
     free |= {trt.LayerType.QUANTIZE, trt.LayerType.DEQUANTIZE}
     typed = 0
-    for layer in (network.get_layer(i) for i in range(network.num_layers)):
-        if layer.type in free:
+    dequantized: set[str] = set()
+    for layer in _layers(network):
+        inputs, outputs = _inputs(layer), _outputs(layer)
+        if layer.type == trt.LayerType.DEQUANTIZE:
+            dequantized |= {tensor.name for tensor in outputs}
+        # A product of dequantized tensors is what TensorRT has INT8 kernels for.
+        if layer.type in free or (inputs and all(tensor.name in dequantized for tensor in inputs)):
             continue
-        outputs = [layer.get_output(i) for i in range(layer.num_outputs)]
-        inputs = [tensor for i in range(layer.num_inputs) if (tensor := layer.get_input(i)) is not None]
-        kinds = [tensor.dtype for tensor in (*outputs, *inputs) if tensor.dtype in floats]
+        kinds = [types[tensor.name] for tensor in (*outputs, *inputs) if types[tensor.name] in floats]
         if not kinds:
             continue
         layer.precision = kinds[0]
         for index, tensor in enumerate(outputs):
-            if tensor.dtype in floats:
-                layer.set_output_type(index, tensor.dtype)
+            if types[tensor.name] in floats:
+                layer.set_output_type(index, types[tensor.name])
         typed += 1
     return typed
+
+
+def tensor_types(trt: Any, network: Any) -> dict[str, Any]:
+    """The type of every tensor of a network, by name, as the graph it was parsed from has them.
+
+    8.6 calls all floating-point tensors but inputs FLOAT until an engine is built. Its constants and Casts know better;
+    everything else goes on in the type of its first floating-point input.
+    """
+    floats = _floats(trt)
+    inputs = (network.get_input(i) for i in range(network.num_inputs))
+    types = {tensor.name: tensor.dtype for tensor in inputs}
+    for layer in _layers(network):
+        given = [types[tensor.name] for tensor in _inputs(layer)]
+        kind = _own_type(trt, layer) or next((kind for kind in given if kind in floats), trt.DataType.FLOAT)
+        for index, tensor in enumerate(_outputs(layer)):
+            # Only the first output of the plugin is of its input's type; the others are for tests.
+            follows = tensor.dtype in floats and not (index and layer.type == trt.LayerType.PLUGIN_V2)
+            types[tensor.name] = kind if follows else tensor.dtype
+    return types
+
+
+def _own_type(trt: Any, layer: Any) -> Any:
+    """The type that a layer has of itself, or None where its inputs decide."""
+    if layer.type == trt.LayerType.CAST:
+        layer.__class__ = trt.ICastLayer  # get_layer knows no kinds; Polygraphy does the same
+        return layer.to_type
+    if layer.type == trt.LayerType.CONSTANT and layer.get_output(0).dtype in _floats(trt):
+        layer.__class__ = trt.IConstantLayer
+        kind = str(layer.weights.dtype)  # numpy's, or TensorRT's where numpy has no such type
+        return trt.DataType.HALF if kind in ("float16", "DataType.HALF") else None
+    return trt.DataType.FLOAT if layer.type == trt.LayerType.DEQUANTIZE else None
+
+
+def _floats(trt: Any) -> set[Any]:
+    return {trt.DataType.FLOAT, trt.DataType.HALF}
+
+
+def _layers(network: Any) -> Iterator[Any]:
+    return (network.get_layer(i) for i in range(network.num_layers))
+
+
+def _inputs(layer: Any) -> list[Any]:
+    return [tensor for i in range(layer.num_inputs) if (tensor := layer.get_input(i)) is not None]
+
+
+def _outputs(layer: Any) -> list[Any]:
+    return [layer.get_output(i) for i in range(layer.num_outputs)]
 
 
 def _works(name: str, majors: tuple[int, ...]) -> bool:
@@ -118,11 +189,23 @@ def _works(name: str, majors: tuple[int, ...]) -> bool:
 
 
 def timing_cache(config: Any, content: bytes) -> bool:
-    """Use a timing cache; False where it is another GPU's or version's, and an empty one is used."""
-    if content and config.set_timing_cache(config.create_timing_cache(content), False):
+    """Use a timing cache; False where it is damaged, another GPU's or version's, and an empty one is used."""
+    cache = config.create_timing_cache(content) if content else None  # None: TensorRT cannot read it
+    if cache is not None and config.set_timing_cache(cache, False):
         return True
     config.set_timing_cache(config.create_timing_cache(b""), False)
     return not content
+
+
+def merged_timing_cache(config: Any, others: bytes) -> bytes | None:
+    """A build's timing cache and what others measured; None where the build kept none."""
+    cache = config.get_timing_cache()
+    if cache is None:
+        return None
+    other = config.create_timing_cache(others) if others else None
+    if other is not None:
+        cache.combine(other, False)  # of another version: left out
+    return bytes(cache.serialize())
 
 
 # Plugins -------------------------------------------------------------------------------------------------------------

@@ -134,6 +134,16 @@ class Layer:
         self.output_types[index] = kind
 
 
+class CastLayer(Layer):
+    """What get_layer's answer becomes when its class is set."""
+
+    to_type: DataType
+
+
+class ConstantLayer(Layer):
+    weights: np.ndarray
+
+
 class Network:
     def __init__(self, flags: int):
         self.flags = flags
@@ -161,7 +171,7 @@ class _Flags(enum.IntEnum):
 
 
 class _BuilderFlag(enum.Enum):
-    FP16, INT8, TF32, OBEY_PRECISION_CONSTRAINTS = range(4)
+    FP16, INT8, TF32, OBEY_PRECISION_CONSTRAINTS, PREFER_PRECISION_CONSTRAINTS = range(5)
 
 
 class _Severity(enum.Enum):
@@ -180,7 +190,12 @@ class _Cache:
         self.content = content
 
     def serialize(self) -> bytes:
-        return self.content + b"+"
+        return self.content
+
+    def combine(self, other: _Cache, ignore_mismatch: bool) -> bool:
+        new = [entry for entry in other.content.split() if entry not in self.content.split()]
+        self.content = b" ".join([*self.content.split(), *new])
+        return True
 
 
 class Config:
@@ -198,6 +213,9 @@ class Config:
     def clear_flag(self, flag: Any) -> None:
         self.flags.discard(flag)
 
+    def get_flag(self, flag: Any) -> bool:
+        return flag in self.flags
+
     def set_memory_pool_limit(self, pool: Any, size: int) -> None:
         self.pools[pool] = size
 
@@ -205,8 +223,8 @@ class Config:
         self.tactic_sources = sources
         return True
 
-    def create_timing_cache(self, content: bytes) -> _Cache:
-        return _Cache(content)
+    def create_timing_cache(self, content: bytes) -> _Cache | None:
+        return None if content.startswith(b"damaged") else _Cache(content)
 
     def set_timing_cache(self, cache: _Cache, ignore_mismatch: bool) -> bool:
         if cache.content.startswith(b"other"):
@@ -246,6 +264,7 @@ class Fake:
 
     DataType, LayerType, ILogger, BuilderFlag = DataType, LayerType, _ILogger, _BuilderFlag
     IProfiler = type("IProfiler", (), {})
+    ICastLayer, IConstantLayer = CastLayer, ConstantLayer
     NetworkDefinitionCreationFlag = _Flags
     MemoryPoolType = enum.Enum("MemoryPoolType", "WORKSPACE")
     TensorIOMode = enum.Enum("TensorIOMode", "INPUT OUTPUT")
@@ -259,6 +278,7 @@ class Fake:
         self.creators: set[str] = set()
         self.configs: list[Config] = []
         self.builds: list[Path] = []
+        self.shapes: list[dict[str, tuple[int, ...]]] = []  # of each build's network
 
     # What TensorRT offers
 
@@ -292,12 +312,19 @@ class Fake:
                 return Profile()
 
             def build_serialized_network(self, network: Network, config: Config) -> bytes | None:
+                if "strict" in fake.fail and config.get_flag(_BuilderFlag.OBEY_PRECISION_CONSTRAINTS):
+                    log.log(_Severity.ERROR, "no implementation obeys reqd. constraints")
+                    return None
                 if "build" in fake.fail:
                     log.log(_Severity.ERROR, 'LowBitLinear "blocks.0.to_q": got no kernel')
                     log.log(_Severity.ERROR, "10: could not find any implementation")
                     return None
                 fake.builds.append(Path(network.path))
-                return json.dumps({"onnx": network.path, "profile": config.profiles[0].shapes}).encode()
+                fake.shapes.append({tensor.name: tensor.shape for tensor in network.inputs})
+                assert config.cache is not None
+                config.cache.content += b" " + Path(network.path).stem.encode()
+                plan = {"onnx": network.path, "profile": config.profiles[0].shapes}
+                return json.dumps(plan | {"level": config.builder_optimization_level}).encode()
 
         return Builder()
 

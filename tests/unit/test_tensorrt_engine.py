@@ -105,18 +105,74 @@ def test_an_engine_that_fails_parity_takes_no_place(field: str, value: float, tr
     assert kept_files(exported) == before
 
 
-def test_weakly_typed_layers_get_their_tensors_types() -> None:
-    half, single, whole = (Tensor("t", kind) for kind in (DataType.HALF, DataType.FLOAT, DataType.INT32))
+def layer(kind: LayerType, inputs: list[Tensor], name: str, dtype: DataType = DataType.FLOAT, **own: Any) -> Layer:
+    """A layer with one output; own: what its class knows of it."""
+    made = Layer(kind, inputs, [Tensor(name, dtype)], name)
+    vars(made).update(own)
+    return made
+
+
+def typed_network() -> Network:
+    """8.6 calls every floating-point tensor FLOAT, whatever is cast to it."""
     network = Network(1)
-    network.layers = [
-        Layer(LayerType.MATRIX_MULTIPLY, [half, half], [half]),
-        Layer(LayerType.ELEMENTWISE, [single, single], [Tensor("b", DataType.BOOL)]),
-        Layer(LayerType.ELEMENTWISE, [whole, whole], [whole]),
-        Layer(LayerType.CAST, [half], [single]),
-    ]
-    assert versions.type_layers(Fake(), network) == 2
-    assert [layer.precision for layer in network.layers] == [DataType.HALF, DataType.FLOAT, None, None]
-    assert [layer.output_types for layer in network.layers] == [{0: DataType.HALF}, {}, {}, {}]
+    network.inputs = [Tensor("x", DataType.FLOAT)]
+    make = network.layers.append
+    make(layer(LayerType.CAST, network.inputs, "half", to_type=DataType.HALF))
+    make(layer(LayerType.CONSTANT, [], "weight", weights=np.zeros(2, np.float16)))
+    made = {done.name: done.outputs[0] for done in network.layers}
+    make(layer(LayerType.MATRIX_MULTIPLY, [made["half"], made["weight"]], "product"))
+    make(layer(LayerType.ELEMENTWISE, [network.layers[-1].outputs[0], made["half"]], "less", DataType.BOOL))
+    make(layer(LayerType.ELEMENTWISE, [Tensor("x", DataType.FLOAT)] * 2, "sum"))
+    plugin_outputs = [Tensor("y", DataType.FLOAT), Tensor("scale", DataType.FLOAT), Tensor("acc", DataType.INT32)]
+    make(Layer(LayerType.PLUGIN_V2, [made["half"]], plugin_outputs, "plugin"))
+    make(layer(LayerType.CAST, plugin_outputs[:1], "back", to_type=DataType.FLOAT))
+    make(layer(LayerType.QUANTIZE, [made["half"]], "q", DataType.INT8))
+    make(layer(LayerType.DEQUANTIZE, [network.layers[-1].outputs[0]], "dq"))
+    make(layer(LayerType.MATRIX_MULTIPLY, [network.layers[-1].outputs[0]] * 2, "int8"))
+    make(layer(LayerType.ELEMENTWISE, [network.layers[-1].outputs[0]] * 2, "after"))
+    return network
+
+
+def test_types_of_a_weakly_typed_network_are_the_graphs() -> None:
+    half, single = DataType.HALF, DataType.FLOAT
+    expected = {"x": single, "half": half, "weight": half, "product": half, "less": DataType.BOOL, "sum": single}
+    expected |= {"y": half, "scale": single, "acc": DataType.INT32, "back": single, "q": DataType.INT8, "dq": single}
+    expected |= {"int8": single, "after": single}
+    assert versions.tensor_types(Fake(), typed_network()) == expected
+
+
+def test_weakly_typed_layers_get_their_tensors_types() -> None:
+    network = typed_network()
+    assert versions.type_layers(Fake(), network) == 4
+    told = {made.name: (made.precision, made.output_types) for made in network.layers if made.precision}
+    assert told == {
+        "product": (DataType.HALF, {0: DataType.HALF}),
+        "less": (DataType.HALF, {}),
+        "sum": (DataType.FLOAT, {0: DataType.FLOAT}),
+        "after": (DataType.FLOAT, {0: DataType.FLOAT}),
+    }
+
+
+def test_types_that_cannot_be_obeyed_are_wishes(trt: Fake, exported: Path) -> None:
+    trt.fail.add("strict")
+    said: list[str] = []
+    build_engine(exported, BuildOptions(), say=said.append)
+    assert any("no implementation obeys" in text for text in said)
+    flags = [config.flags for config in trt.configs]
+    assert all(trt.BuilderFlag.PREFER_PRECISION_CONSTRAINTS in found for found in flags)
+    assert not any(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS in found for found in flags)
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_extents_that_do_not_vary_are_constant(fixed: bool, trt: Fake, exported: Path) -> None:
+    build(exported, fixed=fixed)
+    example = {name: value.shape for name, value in load_reference(exported).inputs.items()}
+    if not fixed:
+        example = {name: (-1, *shape[1:]) for name, shape in example.items()}
+        example["encoder_hidden_states"] = (-1, -1, example["encoder_hidden_states"][2])
+    assert trt.shapes[0] == example
+    with TensorRtSession.of_bundle(exported) as session:
+        assert (session.profile["timestep"][0] == session.profile["timestep"][2]) == fixed
 
 
 def test_profile_spans_the_sizes_asked_for_and_the_example() -> None:
@@ -240,13 +296,76 @@ def test_a_bundle_for_another_target(trt: Fake, bundle: Path) -> None:
         build(bundle)
 
 
-def test_a_timing_cache_of_another_gpu_is_replaced(trt: Fake, exported: Path) -> None:
+@pytest.mark.parametrize("content", [b"other", b"damaged"])
+def test_a_timing_cache_that_is_of_no_use_is_replaced(content: bytes, trt: Fake, exported: Path) -> None:
     cache = exported / "timing"
-    cache.write_bytes(b"other")
+    cache.write_bytes(content)
     build(exported, timing_cache=cache)
-    assert cache.read_bytes() == b"++"  # the second build went on from the first one's
+    assert set(cache.read_bytes().split()) - {content} == {b"model", b"layers"}
+
+
+def test_a_timing_cache_keeps_what_others_measured_meanwhile(
+    trt: Fake, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = exported / "timing"
+    read = versions.timing_cache
+
+    def and_another_build_ends(config: Any, content: bytes) -> bool:
+        used = read(config, content)
+        cache.write_bytes(content + b" elsewhere")
+        return used
+
+    monkeypatch.setattr(versions, "timing_cache", and_another_build_ends)
     build(exported, timing_cache=cache)
-    assert cache.read_bytes() == b"++++"
+    assert set(cache.read_bytes().split()) == {b"model", b"layers", b"elsewhere"}
+
+
+# Killed between two renames -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("done", [0, 1, 2, 3])
+def test_an_installation_that_was_cut_short(
+    done: int, trt: Fake, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whenever it is killed: the old engine whole, or the new one once somebody looks."""
+    build(exported)
+    before = kept_files(exported)
+    trt.noise = 1e-5  # another engine
+    left = iter(range(done))
+    rename = Path.replace
+
+    def killed(path: Path, target: Path) -> Path:
+        if path.suffix == ".new" and next(left, None) is None:
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    if done < 3:
+        with pytest.raises(KeyboardInterrupt):
+            build(exported, optimization_level=1)
+    else:
+        build(exported, optimization_level=1)
+    monkeypatch.setattr(Path, "replace", rename)
+    with TensorRtSession.of_bundle(exported):
+        pass
+    facts = json.loads((exported / ENGINE_FACTS).read_text())
+    if done == 0:
+        assert kept_files(exported) == before
+    else:
+        assert facts["optimization_level"] == 1
+        assert (exported / ENGINE_PARITY).read_bytes() != before[ENGINE_PARITY]
+        assert not list(exported.rglob("*.new"))
+
+
+def test_an_installation_that_cannot_be_finished_says_what_to_do(
+    trt: Fake, exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(exported)
+    facts = exported / ENGINE_FACTS
+    shutil.copy(facts, f"{facts}.new")
+    monkeypatch.setattr(Path, "replace", lambda path, target: (_ for _ in ()).throw(PermissionError("read-only")))
+    with pytest.raises(QvditError, match=r"cut short.*rename .*engine\.json\.new to"):
+        TensorRtSession.of_bundle(exported)
 
 
 def test_no_gpu_and_no_tensorrt(monkeypatch: pytest.MonkeyPatch, exported: Path) -> None:

@@ -13,18 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
 from qvdit.contract import QvditError
-from qvdit.contract.files import read_json, write_atomic, write_json
+from qvdit.contract.bundle import PARITY_HALF
+from qvdit.contract.files import read_json, write_json
+from qvdit.contract.parity import load_half
 
 MODELS = ("wan-shapes", "latte-shapes", "latte-xl-block", "latte-xl-slice", "latte-xl")
 ENGINES = ("fp16", "int8_qdq", "w8a8", "w4a8", "w4a8_no_tqe", "w3a6")
 USUAL_MODELS = ("wan-shapes", "latte-shapes", "latte-xl-slice")
 FULL_XL = ("fp16", "w4a8")  # engines of latte-xl: a build takes minutes
 FORMAT = 1
-_CASE, _HALF = "case.json", "half.safetensors"
+_CASE = "case.json"
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,8 @@ def engines_of(model: str, asked: tuple[str, ...] = ENGINES) -> tuple[str, ...]:
     return tuple(engine for engine in asked if model != "latte-xl" or engine in FULL_XL)
 
 
-def save(case: Case, half: np.ndarray, where: Path) -> None:
-    """Write what makes a folder a case; do it last. half: the output of PyTorch's own FP16 run, float32."""
-    write_atomic(where / _HALF, lambda path: save_file({"half": np.ascontiguousarray(half)}, path))
+def save(case: Case, where: Path) -> None:
+    """Write what makes a folder a case; do it last, after its parity files, PyTorch's FP16 run among them."""
     write_json(where / _CASE, dataclasses.asdict(case))
 
 
@@ -61,16 +60,15 @@ def exists(where: Path) -> bool:
 
 
 def load(where: Path) -> tuple[Case, np.ndarray]:
-    """A case and its half; QvditError where it is none."""
+    """A case, and the output of PyTorch's FP16 run, float32; QvditError where it is none."""
     fix = "prepare it: qvdit bench tensorrt --prepare-only"
     content: Any = read_json(where / _CASE, "a case to measure")
     names = {field.name for field in dataclasses.fields(Case)}
     if not isinstance(content, dict) or set(content) != names or content["format"] != FORMAT:
         raise QvditError(f"{where / _CASE} of another version", f"format {FORMAT}", fix)
-    try:
-        half = load_file(where / _HALF)["half"]
-    except (OSError, SafetensorError, KeyError) as error:
-        raise QvditError(f"{where / _HALF}, which is missing or damaged ({error})", "a whole case", fix) from None
+    half = load_half(where)
+    if half is None:
+        raise QvditError(f"{where} without {PARITY_HALF}", "a whole case", fix)
     return Case(**content), half
 
 

@@ -24,7 +24,7 @@ from qvdit.contract.bundle import TENSORRT_LAYERS, TENSORRT_MODEL
 from qvdit.contract.files import read_json, sha256, write_atomic, write_json
 from qvdit.contract.parity import SavedParity, load_reference, relative_error
 from qvdit.runtimes.tensorrt import plugin, versions
-from qvdit.runtimes.tensorrt.build import Builder, BuildOptions
+from qvdit.runtimes.tensorrt.build import Builder, BuildOptions, Say
 from qvdit.runtimes.tensorrt.device import Device
 from qvdit.runtimes.tensorrt.engine import model_hashes
 from qvdit.runtimes.tensorrt.parity import LayerEngine
@@ -80,7 +80,7 @@ def run(settings: Settings, out: Path, command: str, watch: Watch) -> Results:
             "cases to measure",
             "prepare them: qvdit bench tensorrt --prepare-only",
         )
-    builder = _builder(settings, device, [folder for found in chosen.values() for folder in found])
+    builder = _builder(settings, device, [folder for found in chosen.values() for folder in found], watch.say)
     for folder in (folder for found in chosen.values() for folder in found):
         try:
             _build(folder, builder, watch)
@@ -116,12 +116,12 @@ def _cases(settings: Settings, model: str) -> list[Path]:
 # Building ------------------------------------------------------------------------------------------------------------
 
 
-def _builder(settings: Settings, device: Device, folders: Sequence[Path]) -> Builder:
+def _builder(settings: Settings, device: Device, folders: Sequence[Path], say: Say) -> Builder:
     """One for all: blocks repeat from model to model and engine to engine, and so do timings in the cache."""
     options = settings.options
     needed = any(plugin.is_needed(folder / TENSORRT_MODEL) for folder in folders)
     library = plugin.find_library(options.plugin) if needed else None
-    return Builder(device, options, options.timing_cache or settings.root / "timing.cache", library)
+    return Builder(device, options, options.timing_cache or settings.root / "timing.cache", library, say)
 
 
 def _key(folder: Path, builder: Builder) -> str:

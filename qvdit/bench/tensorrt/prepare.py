@@ -20,7 +20,7 @@ from qvdit.contract import Bits, FrameRows, LowBitLayer, StaticInt8Layer
 from qvdit.contract.bundle import TENSORRT_LAYERS, TENSORRT_MODEL
 from qvdit.contract.kernels import KernelConstants
 from qvdit.contract.layer import Layer
-from qvdit.contract.parity import LayerReference, SavedParity, save_reference
+from qvdit.contract.parity import LayerReference, SavedParity, save_half, save_reference
 from qvdit.export import graph
 from qvdit.export.files import save_model
 from qvdit.export.tensorrt import TracedModel, export_tensorrt, tensorrt_model
@@ -116,9 +116,9 @@ def write(source: Source, engine: str, full: np.ndarray, folder: Path, settings:
         model = copy.deepcopy(source.transformer)
     arrays = {name: tensor.numpy() for name, tensor in source.inputs.items()}
     save_reference(SavedParity(arrays, quantized, full, references), folder)
-    half = _output(model.half(), {name: tensor.half() for name, tensor in source.inputs.items()})
+    save_half(folder, _output(model.half(), {name: tensor.half() for name, tensor in source.inputs.items()}))
     found = cases.Case(source.name, engine, weight_bytes(source, layers), len(layers), tool_versions())
-    cases.save(found, half, folder)
+    cases.save(found, folder)
 
 
 def weight_bytes(source: Source, layers: tuple[Layer, ...]) -> int:

@@ -12,25 +12,27 @@ from qvdit.contract import QvditError
 from qvdit.contract.bundle import ENGINE, ENGINE_FACTS, ENGINE_PARITY
 from qvdit.contract.parity import load_reference, relative_error
 from qvdit.runtimes.tensorrt import versions
+from qvdit.runtimes.tensorrt.parity import failures
 from qvdit.runtimes.tensorrt.session import TensorRtSession
 
 
 def test_every_bundle_has_a_proven_engine(bundles: list[Path]) -> None:
     for bundle in bundles:
         result = json.loads((bundle / ENGINE_PARITY).read_text())
-        assert result["xq_mismatches"] == result["acc_mismatches"] == 0
-        assert 0.9 <= result["error_ratio"] <= 1.1
+        assert failures(result) == []
 
 
 @pytest.mark.parametrize("cuda_graph", [False, True])
 def test_the_same_input_gives_the_same_output(bundles: list[Path], cuda_graph: bool) -> None:
     saved = load_reference(bundles[0])
+    expected = json.loads((bundles[0] / ENGINE_PARITY).read_text())["model_rel_err"]
     with TensorRtSession.of_bundle(bundles[0], cuda_graph=cuda_graph) as session:
         first = session.infer(saved.inputs)
-        half = session.infer({name: value[:1] for name, value in saved.inputs.items()})
         assert np.array_equal(session.infer(saved.inputs), first)
-    assert relative_error(half, first[:1]) < 0.05
-    assert relative_error(first, saved.quantized) < 0.05
+        assert relative_error(first, saved.quantized) == pytest.approx(expected, rel=1e-6)
+        if session.profile["timestep"][0] == [1]:
+            part = session.infer({name: value[:1] for name, value in saved.inputs.items()})
+            assert relative_error(part, first[:1]) < max(2 * expected, 0.05)  # roundings flip
 
 
 def test_sizes_outside_the_profile_are_refused(bundles: list[Path]) -> None:
@@ -77,22 +79,19 @@ def test_weakly_typed_tensors_have_the_types_of_the_graph(bundles: list[Path]) -
 
     trt = versions.tensorrt()
     log = logger()
-    plugin.load_library(plugin.find_library(), log)
-    path = bundles[0] / TENSORRT_MODEL
-    network = versions.create_network(trt, builder := trt.Builder(log))
-    assert builder is not None
-    parser = trt.OnnxParser(network, log)
-    assert parser.parse_from_file(str(path))
-    model = onnx.load(path, load_external_data=False)
-    kinds = {onnx.TensorProto.FLOAT: trt.DataType.FLOAT, onnx.TensorProto.FLOAT16: trt.DataType.HALF}
-    noted = {value.name: kinds.get(value.type.tensor_type.elem_type) for value in model.graph.value_info}
-    compared, wrong = 0, []
-    for layer in (network.get_layer(i) for i in range(network.num_layers)):
-        for tensor in (layer.get_output(i) for i in range(layer.num_outputs)):
-            expected = noted.get(tensor.name)
-            if expected is not None:
-                compared += 1
-                if tensor.dtype != expected:
-                    wrong.append((layer.name, str(layer.type), str(tensor.dtype), str(expected)))
-    assert compared > 100
-    assert not wrong, f"{len(wrong)} of {compared}: {wrong[:10]}"
+    for path in (bundle / TENSORRT_MODEL for bundle in bundles):
+        if plugin.is_needed(path):
+            plugin.load_library(plugin.find_library(), log)
+        builder = trt.Builder(log)
+        network = versions.create_network(trt, builder)
+        parser = trt.OnnxParser(network, log)
+        assert parser.parse_from_file(str(path)), path
+        model = onnx.load(path, load_external_data=False)
+        kinds = {onnx.TensorProto.FLOAT: trt.DataType.FLOAT, onnx.TensorProto.FLOAT16: trt.DataType.HALF}
+        values = {value.name: kinds.get(value.type.tensor_type.elem_type) for value in model.graph.value_info}
+        found = versions.tensor_types(trt, network)
+        compared = [name for name, kind in values.items() if kind is not None and name in found]
+        wrong = [(name, str(found[name]), str(values[name])) for name in compared if found[name] != values[name]]
+        assert len(compared) > 100
+        assert not wrong, f"{path}: {len(wrong)} of {len(compared)}: {wrong[:10]}"
+        del parser, network, builder

@@ -1,0 +1,59 @@
+"""PyTorch's FP16 run of a bundle's quantized model on the CUDA kernels: what a TensorRT engine is measured by.
+
+    python -m qvdit.half BUNDLE …
+
+It leaves ``parity/half.safetensors`` beside the reference that the export left. An engine computes in FP16 as well, so
+its error against full precision belongs beside this one's rather than beside the float32 reference's.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import qvdit.runtimes
+from qvdit.contract import QvditError
+from qvdit.contract.parity import ModelParity, compare_models, load_reference, save_half
+
+
+@torch.no_grad()
+def run_half(bundle: Path, device: str = "cuda") -> ModelParity:
+    """Run the quantized model in FP16 on a bundle's saved inputs, keep its output there and compare it."""
+    saved = load_reference(bundle)
+    model = qvdit.runtimes.load(bundle, device=device, dtype="float16")
+    output = infer(model, saved.inputs)
+    save_half(bundle, output)
+    return compare_models(output, saved.quantized, saved.full)
+
+
+def infer(model: torch.nn.Module, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    """A drop-in on numpy arrays, as a session takes and gives them: float32. Time steps are not rounded."""
+    device = next(model.parameters()).device
+    tensors = {
+        name: torch.from_numpy(np.ascontiguousarray(value)).to(device, None if name == "timestep" else torch.float16)
+        for name, value in inputs.items()
+    }
+    return model(**tensors, return_dict=False)[0].float().cpu().numpy()
+
+
+def main() -> int:
+    """Run every bundle named; the exit status."""
+    try:
+        for name in sys.argv[1:]:
+            found = run_half(Path(name))
+            print(
+                f"{name}: FP16 run, relative error {found.rel_err:.2e} to the quantized model's float32 run, error "
+                f"against full precision {found.error_ratio:.4f} of its",
+                flush=True,
+            )
+    except QvditError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

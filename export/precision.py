@@ -54,14 +54,17 @@ def strongly_typed(
     largest: Mapping[str, float] | None = None,
     static: Collection[str] = (),
     exact_inputs: Collection[str] = ("timestep",),
+    also_low: Collection[str] = (),
 ) -> onnx.ModelProto:
     """A copy of a traced graph with Casts; placeholders stay, graph inputs and outputs stay float32.
 
     widths: (N, K) of each placeholder's layer. largest: the largest magnitude of each value. static: layers whose
     placeholders read float32, because QuantizeLinear of opset 17 does. exact_inputs: inputs whose own branch is
-    float32. Every value's type, and its shape as far as it is known, is in ``value_info``.
+    float32. also_low: operators that are of the low type after all where they read nothing wider. Every value's type,
+    and its shape as far as it is known, is in ``value_info``.
     """
     typer = _Typer(traced, _TENSOR_TYPE[low], largest or {}, static, exact_inputs)
+    typer.follows |= set(also_low)
     typer.infer(widths)
     return typer.run()
 
@@ -79,6 +82,7 @@ class _Typer:
         self.model.CopyFrom(traced)
         self.graph = self.model.graph
         self.low, self.largest = low, largest
+        self.follows = _MOVES | _ARITHMETIC
         self.static, self.exact_inputs = frozenset(static), frozenset(exact_inputs)
         self.constants = {tensor.name: tensor for tensor in self.graph.initializer}
         self.shapes: dict[str, onnx.TypeProto] = {}
@@ -151,7 +155,7 @@ class _Typer:
             return FLOAT
         if node.op_type in _PRODUCTS:
             return FLOAT if sources and sources <= self.exact_inputs else self.low
-        follows = node.op_type in _MOVES | _ARITHMETIC or len(touched) == len(floats)  # or it gives no floats
+        follows = node.op_type in self.follows or len(touched) == len(floats)  # or it gives no floats
         if follows and values and all(self.decided[name] == self.low for name in values):
             return self.low
         return FLOAT

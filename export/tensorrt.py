@@ -7,7 +7,7 @@ overflow) and rounds the latter's scales to FP16, so both are typed by :mod:`qvd
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,12 +45,15 @@ class TracedModel:
     largest: dict[str, float]  # magnitude of each value in full precision, as measured
 
 
-def export_tensorrt(model: TracedModel, bundle: Path, low: LowType = "float16") -> list[Path]:
+def export_tensorrt(
+    model: TracedModel, bundle: Path, low: LowType = "float16", also_low: Collection[str] = ()
+) -> list[Path]:
     """Write ``tensorrt/model.onnx``, checked in full, and ``tensorrt/layers.onnx``; returns their files.
 
-    low: bfloat16 needs TensorRT 10. Layers that the plugin does not compute raise QvditError, and nothing is written.
+    low: bfloat16 needs TensorRT 10. also_low: operators in the low type that are float32 otherwise. Layers that the
+    plugin does not compute raise QvditError, and nothing is written.
     """
-    files = save_model(tensorrt_model(model, low), bundle / TENSORRT_MODEL)
+    files = save_model(tensorrt_model(model, low, also_low=also_low), bundle / TENSORRT_MODEL)
     check(str(bundle / TENSORRT_MODEL))
     return [*files, *_export_layers(model.layers, bundle)]
 
@@ -63,7 +66,9 @@ def _export_layers(layers: Sequence[Layer], bundle: Path) -> list[Path]:
     return save_model(layers_model(written), bundle / TENSORRT_LAYERS)
 
 
-def tensorrt_model(model: TracedModel, low: LowType = "float16", merge: bool = True) -> onnx.ModelProto:
+def tensorrt_model(
+    model: TracedModel, low: LowType = "float16", merge: bool = True, also_low: Collection[str] = ()
+) -> onnx.ModelProto:
     """The model for TensorRT; merge: one plugin node for queries, keys and values where they allow it."""
     quantized = {layer.name: layer for layer in model.layers}
     kept = {name: weights for name, weights in model.full_weights.items() if name not in quantized}
@@ -71,7 +76,7 @@ def tensorrt_model(model: TracedModel, low: LowType = "float16", merge: bool = T
     widths |= {name: (weight.shape[0], weight.shape[1]) for name, (weight, _) in kept.items()}
     static = [layer for layer in model.layers if isinstance(layer, StaticInt8Layer)]
     names = [layer.name for layer in static]
-    typed = lowered(strongly_typed(onnx.load(model.graph), widths, low, model.largest, names))
+    typed = lowered(strongly_typed(onnx.load(model.graph), widths, low, model.largest, names, also_low=also_low))
     if len(static) == len(model.layers):
         return static_model(typed, static, kept)
     return plugin_model(typed, model.layers, kept, merge)

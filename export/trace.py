@@ -56,6 +56,7 @@ def trace(
     example = {name: inputs[name].cpu().float() for name in adapter.inputs}
     shapes = {**adapter.export_shapes(dict(model.config)), "return_dict": None}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it names every torchvision operator that is not there
+    logging.getLogger("onnx_ir").setLevel(logging.ERROR)  # it wonders about the type of empty attributes
     with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(

@@ -79,6 +79,7 @@ def load_transformer(
         model = getattr(diffusers, manifest.class_name).from_config(manifest.source_config)
     install(model, checkpoint.load(bundle / "quantized").layers, adapter, device, fuse)
     kept.load(bundle / KEPT_WEIGHTS, model, dtype)
+    adapter.complete(model)
     model.manifest = manifest
     return model.to(device).eval().requires_grad_(False)
 

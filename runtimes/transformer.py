@@ -96,6 +96,8 @@ class RuntimeTransformer:
 
 def _harmless(name: str, value: Any) -> bool:
     """Whether an argument asks for nothing but what was exported."""
+    if name == "image_rotary_emb":  # a constant of the video's size, which the session checks
+        return True
     return (name == "enable_temporal_attentions" and value is True) or (name == "attention_kwargs" and not value)
 
 

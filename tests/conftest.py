@@ -99,6 +99,39 @@ def latte_model() -> Any:
     return latte(1)
 
 
+def cogvideox(**changes: Any) -> Any:
+    """A random CogVideoX transformer of 4 frames with a rotary embedding: 12 linears to quantize."""
+    from diffusers import CogVideoXTransformer3DModel
+
+    from qvdit.models.cogvideox import CogVideoXAdapter
+
+    torch.manual_seed(3)
+    shape = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "time_embed_dim": 32,
+        "text_embed_dim": 24,
+        "num_layers": 2,
+        "sample_width": 8,
+        "sample_height": 8,
+        "sample_frames": 13,
+        "patch_size": 2,
+        "max_text_seq_length": 4,
+        "use_rotary_positional_embeddings": True,
+    }
+    model = CogVideoXTransformer3DModel(**{**shape, **changes}).eval().requires_grad_(False)
+    CogVideoXAdapter().complete(model)
+    return model
+
+
+@pytest.fixture(scope="session")
+def cogvideox_model() -> Any:
+    """A random CogVideoX transformer; copy it to change it."""
+    return cogvideox()
+
+
 @pytest.fixture(scope="session")
 def save_pipeline() -> Callable[[Path, Any], Path]:
     """``save_pipeline(folder, transformer)``: a PixelVideoPipeline on disk."""
@@ -193,6 +226,12 @@ def traced_wan(shared: Any, wan_model: Any, example_inputs: Any) -> Any:
 def traced_latte(shared: Any, latte_model: Any, example_inputs: Any) -> Any:
     """``latte_model`` as a graph with placeholders."""
     return _traced(shared, "traced-latte", latte_model, 1, example_inputs((4, 4, 8, 8), 24))
+
+
+@pytest.fixture(scope="session")
+def traced_cogvideox(shared: Any, cogvideox_model: Any, example_inputs: Any) -> Any:
+    """``cogvideox_model`` as a graph with placeholders."""
+    return _traced(shared, "traced-cogvideox", cogvideox_model, 2, example_inputs((4, 4, 8, 8), 24))
 
 
 def _traced(shared: Any, name: str, model: Any, adapter: int, inputs: dict[str, torch.Tensor]) -> Any:
@@ -340,6 +379,7 @@ def wide_models() -> dict[str, Any]:
     models = {
         "wan": wan(attention_head_dim=64, ffn_dim=160),
         "latte": latte(2, attention_head_dim=64, cross_attention_dim=128),
+        "cogvideox": cogvideox(attention_head_dim=64),
     }
     assert all(model.dtype == torch.float32 for model in models.values())
     return models
@@ -347,5 +387,6 @@ def wide_models() -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def wide_inputs(example_inputs: Any) -> dict[str, dict[str, torch.Tensor]]:
-    """Inputs of ``wide_models`` by family; both have 4 frames of tokens."""
-    return {"wan": example_inputs((3, 4, 32, 32), 64), "latte": example_inputs((4, 4, 8, 8), 24)}
+    """Inputs of ``wide_models`` by family; all have 4 frames of tokens."""
+    square = example_inputs((4, 4, 8, 8), 24)
+    return {"wan": example_inputs((3, 4, 32, 32), 64), "latte": square, "cogvideox": square}

@@ -17,12 +17,14 @@ from torch.autograd import DeviceType
 
 from qvdit.bench.results import Row
 from qvdit.bench.shapes import Shape
-from qvdit.bench.timing import Candidate, captured, in_turns
+from qvdit.bench.timing import Candidate, captured
+from qvdit.bench.turns import in_turns
 from qvdit.contract import FrameRows, LowBitLayer
 from qvdit.models import ModelAdapter, Site
 
 _CALLS = 3  # of a block in a graph
 _PROFILED = 3
+TEXT_FEATURES = 4096  # of T5-XXL, which these models read
 Inputs = tuple[Any, ...]
 
 
@@ -63,21 +65,21 @@ def _swapped(x: torch.Tensor, inner: int) -> torch.Tensor:
     return x.reshape(-1, inner, length, features).transpose(1, 2).reshape(-1, inner, features)
 
 
-def stdit_xl(batch: int = 2, frames: int = 16, tokens: int = 1024, text: int = 120) -> Block:
-    """Latte's and STDiT-XL's block: hidden 1152, 16 heads, MLP 4608; x [B·T, S, D]."""
+def latte_xl(layers: int, frames: int = 16) -> Any:
+    """A Latte of Latte-XL's and STDiT-XL's size, random weights: hidden 1152, 16 heads, MLP 4608, 64 x 64 latents.
+
+    layers: of the spatial and of the temporal blocks each; 28 in theirs.
+    """
     from diffusers import LatteTransformer3DModel
 
-    from qvdit.models.latte import LatteAdapter
-
     heads, head = 16, 72
-    hidden = heads * head
-    model = LatteTransformer3DModel(
+    return LatteTransformer3DModel(
         num_attention_heads=heads,
         attention_head_dim=head,
         in_channels=4,
         out_channels=8,
-        num_layers=1,
-        cross_attention_dim=hidden,
+        num_layers=layers,
+        cross_attention_dim=heads * head,
         attention_bias=True,
         sample_size=64,
         patch_size=2,
@@ -86,9 +88,17 @@ def stdit_xl(batch: int = 2, frames: int = 16, tokens: int = 1024, text: int = 1
         norm_type="ada_norm_single",
         norm_elementwise_affine=False,
         norm_eps=1e-6,
-        caption_channels=64,
+        caption_channels=TEXT_FEATURES,
         video_length=frames,
     )
+
+
+def stdit_xl(batch: int = 2, frames: int = 16, tokens: int = 1024, text: int = 120) -> Block:
+    """Latte's and STDiT-XL's block: hidden 1152, 16 heads, MLP 4608; x [B·T, S, D]."""
+    from qvdit.models.latte import LatteAdapter
+
+    model = latte_xl(1, frames)
+    hidden = model.config.cross_attention_dim
     inputs = (
         _random(batch * frames, tokens, hidden),
         _random(batch * frames, text, hidden),

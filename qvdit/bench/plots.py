@@ -36,7 +36,7 @@ def write(results: Results, path: Path) -> list[Path]:
     written = []
     for name, figure in pictures.items():
         written.append(path.with_name(f"{path.stem}-{name}.png"))
-        _save(figure, written[-1])
+        save_figure(figure, written[-1])
     return written
 
 
@@ -49,7 +49,7 @@ def intensity(shape: Shape, bytes_each: tuple[float, float, float]) -> float:
 
 def _roofline(results: Results) -> Figure:
     """Achieved TOP/s against arithmetic intensity, below the measured copy bandwidth and the data sheet's peaks."""
-    figure, axes = _axes(9.0, 5.6)
+    figure, axes = new_axes(9.0, 5.6)
     reached = []
     for label, colour, marker, (what, rank, bits), bytes_each in _DRAWN:
         found = [(shape, results.find(shape, what, rank, bits)) for shape in results.shapes()]
@@ -91,7 +91,7 @@ def _roof(axes: Axes, low: float, high: float, copy_tb_s: float, peak: float, na
 def _bars(results: Results) -> Figure:
     """TOP/s of everything drawn, size by size."""
     shapes = results.shapes()
-    figure, axes = _axes(9.0, 1.6 + 0.62 * len(shapes))
+    figure, axes = new_axes(9.0, 1.6 + 0.62 * len(shapes))
     height = 0.8 / len(_DRAWN)
     for i, (label, colour, _, (what, rank, bits), _) in enumerate(_DRAWN):
         rows = [results.find(shape, what, rank, bits) for shape in shapes]
@@ -121,7 +121,8 @@ def _name_values(axes: Axes, places: Sequence[float], values: Sequence[float]) -
             )
 
 
-def _axes(width: float, height: float) -> tuple[Figure, Axes]:
+def new_axes(width: float, height: float) -> tuple[Figure, Axes]:
+    """An empty figure in the style of all."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -134,7 +135,7 @@ def _axes(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     """The same rows give the same bytes."""
     metadata = {"Software": None}
     write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=_DPI, metadata=metadata))

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from qvdit.bench.results import Row
 from qvdit.bench.shapes import Shape
+from qvdit.bench.turns import in_turns, summary
 from qvdit.contract import QvditError
-
-Name = TypeVar("Name")
-_WARM_UPS = 2  # rounds that are not counted: clocks rise, caches fill
 
 
 @dataclass(frozen=True)
@@ -55,12 +52,6 @@ class Candidate:
         return " ".join(part for part in (self.what, *parts) if part)
 
 
-def summary(times: Sequence[float]) -> tuple[float, float]:
-    """Median, and interquartile range over median."""
-    first, median, third = statistics.quantiles(times, n=4)
-    return round(median, 6), round((third - first) / median, 4)
-
-
 def timed(
     candidates: Sequence[Candidate], shape: Shape, calls: int, repeats: int, say: Callable[[str], None]
 ) -> list[Row]:
@@ -98,14 +89,3 @@ def captured(call: Callable[[int], object], calls: int, pool: Any) -> Callable[[
         return start.elapsed_time(end) / calls
 
     return time
-
-
-def in_turns(timers: Mapping[Name, Callable[[], float]], repeats: int) -> dict[Name, list[float]]:
-    """Every timer's times, taken in turns so that drift and heat hit all alike."""
-    times: dict[Name, list[float]] = {name: [] for name in timers}
-    for round_ in range(_WARM_UPS + repeats):
-        for name, timer in timers.items():
-            taken = timer()
-            if round_ >= _WARM_UPS:
-                times[name].append(taken)
-    return times

@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 
-from qvdit.contract.bundle import ORT_MODEL, PARITY_HALF, PARITY_INPUTS, PARITY_REFERENCE
+from qvdit.contract.bundle import ORT_MODEL, PARITY_HALF, PARITY_INPUTS, PARITY_REFERENCE, TENSORRT_MODEL
 from qvdit.contract.errors import QvditError
 from qvdit.contract.files import sha256, write_atomic
 
@@ -132,15 +132,20 @@ def save_reference(saved: SavedParity, bundle: Path) -> None:
         reference[f"layer:{layer.name}:y"] = layer.outputs.y
         if layer.outputs.acc is not None:
             reference[f"layer:{layer.name}:acc"] = layer.outputs.acc.astype(np.int32)
-    metadata = {_MODEL: sha256(bundle / ORT_MODEL)}
+    metadata = {_MODEL: _model_hash(bundle)}
     for name, tensors in ((PARITY_INPUTS, inputs), (PARITY_REFERENCE, reference)):
         contiguous = {key: np.asarray(value, order="C") for key, value in tensors.items()}
         write_atomic(bundle / name, partial(save_file, contiguous, metadata=metadata))
 
 
+def _model_hash(bundle: Path) -> str:
+    """Of the model that a reference is for: ONNX Runtime's, or TensorRT's where a folder has no other."""
+    return sha256(bundle / (ORT_MODEL if (bundle / ORT_MODEL).is_file() else TENSORRT_MODEL))
+
+
 def load_reference(bundle: Path) -> SavedParity:
     """Read a bundle's reference run."""
-    model = sha256(bundle / ORT_MODEL)
+    model = _model_hash(bundle)
     inputs, reference = _load(bundle / PARITY_INPUTS, model), _load(bundle / PARITY_REFERENCE, model)
     try:
         return _restore(inputs, reference)
@@ -152,7 +157,7 @@ def load_reference(bundle: Path) -> SavedParity:
 def save_half(bundle: Path, output: np.ndarray) -> None:
     """Keep what PyTorch's FP16 run of the quantized model made of a bundle's saved inputs."""
     tensors = {"model:half": np.asarray(output, np.float32, order="C")}
-    write_atomic(bundle / PARITY_HALF, partial(save_file, tensors, metadata={_MODEL: sha256(bundle / ORT_MODEL)}))
+    write_atomic(bundle / PARITY_HALF, partial(save_file, tensors, metadata={_MODEL: _model_hash(bundle)}))
 
 
 def load_half(bundle: Path) -> np.ndarray | None:
@@ -161,7 +166,7 @@ def load_half(bundle: Path) -> np.ndarray | None:
     if not path.is_file():
         return None
     try:
-        return _load(path, sha256(bundle / ORT_MODEL))["model:half"]
+        return _load(path, _model_hash(bundle))["model:half"]
     except KeyError:
         raise QvditError(f"{path} without its tensor", "PyTorch's FP16 run", f"remove {path}") from None
 

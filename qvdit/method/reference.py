@@ -42,6 +42,26 @@ def visit_layers(model: torch.nn.Module, inputs: dict[str, torch.Tensor], visit:
 
 
 @torch.no_grad()
+def sampled_layers(
+    model: torch.nn.Module, inputs: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, tuple[LayerReference, ...]]:
+    """Run a quantized transformer; its output, and every layer's reference on a few rows (:func:`saved_input`)."""
+    found: list[LayerReference] = []
+
+    def keep(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        assert isinstance(module, FrozenLinear)
+        found.append(layer_reference(module, saved_input(module, args[0])))
+
+    modules = [module for module in model.modules() if isinstance(module, FrozenLinear)]
+    handles = [module.register_forward_pre_hook(keep) for module in modules]
+    try:
+        return model(**inputs, return_dict=False)[0], tuple(found)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
 def layer_reference(module: FrozenLinear, x: torch.Tensor) -> LayerReference:
     """What the reference operator computes for one input."""
     y = module.forward(x)

@@ -71,6 +71,9 @@ class ModelAdapter(ABC):
     def export_shapes(self, config: dict[str, Any]) -> dict[str, Any]:
         """Dynamic shapes for torch.export, by input name."""
 
+    def complete(self, model: torch.nn.Module) -> None:  # noqa: B027  (most families need nothing)
+        """Let a model, in place, do with :attr:`inputs` alone: supply what else its pipeline would pass."""
+
     def prepare_for_export(self, model: torch.nn.Module) -> None:  # noqa: B027  (most families need nothing)
         """Replace, in place, what computes the same but exports badly."""
 
@@ -110,3 +113,14 @@ def attention_fusions(sites: list[Site]) -> list[Fusion]:
         if parts in known:
             found.append(Fusion(attention, known[parts], parts))
     return found
+
+
+def rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """A rotary embedding: pairs of features (a, b) → (a cos - b sin, a sin + b cos). x: [..., D]; cos, sin broadcast.
+
+    As a product with a constant matrix: multiplying by a signed permutation is exact, and exports as one MatMul.
+    """
+    turn = torch.zeros(x.shape[-1], x.shape[-1])  # (a, b) → (-b, a)
+    even = torch.arange(0, x.shape[-1], 2)
+    turn[even + 1, even], turn[even, even + 1] = -1.0, 1.0
+    return x * cos + (x @ turn) * sin

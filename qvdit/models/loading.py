@@ -52,6 +52,7 @@ class SourceModel:
         pipeline.set_progress_bar_config(disable=True)
         pipeline.transformer.eval().requires_grad_(False)
         _check_finite(pipeline.transformer, self.path)
+        self.adapter.complete(pipeline.transformer)
         return pipeline.to(device)
 
 

@@ -8,7 +8,7 @@ import torch
 from torch.export import Dim
 
 from qvdit.contract import FrameRows
-from qvdit.models.adapter import Fusion, ModelAdapter, Site, attention_fusions, frames_first
+from qvdit.models.adapter import Fusion, ModelAdapter, Site, attention_fusions, frames_first, rotate_pairs
 
 
 class WanAdapter(ModelAdapter):
@@ -92,15 +92,7 @@ class _ExportProcessor:
         query, key, value = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(context)), attn.to_v(context)
         query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))  # [B, L, H, D]
         if rotary_emb is not None:
-            query, key = _rotate(query, *rotary_emb), _rotate(key, *rotary_emb)
+            query, key = rotate_pairs(query, *rotary_emb), rotate_pairs(key, *rotary_emb)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
         return attn.to_out[1](attn.to_out[0](mixed.transpose(1, 2).flatten(2)))
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate pairs of features: (a, b) → (a cos - b sin, a sin + b cos). x: [B, L, H, D]; cos, sin: [1, L, 1, D]."""
-    turn = torch.zeros(x.shape[-1], x.shape[-1])  # (a, b) → (-b, a)
-    even = torch.arange(0, x.shape[-1], 2)
-    turn[even + 1, even], turn[even, even + 1] = -1.0, 1.0
-    return x * cos + (x @ turn) * sin

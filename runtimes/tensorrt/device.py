@@ -211,6 +211,22 @@ class Stream:
             self._driver.call("cuGraphDestroy", graph)
         return executable.value or 0
 
+    def elapsed(self, work: Callable[[], None]) -> float:
+        """Milliseconds that what ``work`` starts on this stream takes, between two events."""
+        events = [self._driver.integer("cuEventCreate", 0, kind=_pointer) for _ in range(2)]
+        start, end = map(_pointer, events)
+        try:
+            self._driver.call("cuEventRecord", start, self._ptr)
+            work()
+            self._driver.call("cuEventRecord", end, self._ptr)
+            self._driver.call("cuEventSynchronize", end)
+            milliseconds = ctypes.c_float()
+            self._driver.call("cuEventElapsedTime", ctypes.byref(milliseconds), start, end)
+        finally:
+            for event in (start, end):
+                self._driver.call("cuEventDestroy_v2", event)
+        return milliseconds.value
+
     def discard(self, graph: int) -> None:
         """Free a graph."""
         self._driver.call("cuGraphExecDestroy", _pointer(graph))

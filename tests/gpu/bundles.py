@@ -3,9 +3,10 @@
     python3 tests/gpu/bundles.py OUT [--models wan-shapes,latte-shapes] [--widths w8a8,w4a8,w3a8,w3a6,int8-static]
                                      [--device auto] [--jobs N]
 
-OUT/MODEL-WIDTH is a bundle up to its parity files, of a short calibration and without distillation: it proves an
-engine, not the method. What is there is reused. One that cannot be made (int8-static needs nvidia-modelopt) is named,
-the others are made, and the exit status is 1. qvdit is that of this source tree.
+A model may be a pipeline's folder (tests/gpu/families.py writes random ones). OUT/MODEL-WIDTH is a bundle up to its
+parity files, of a short calibration and without distillation: it proves an engine, not the method. What is there is
+reused. One that cannot be made (int8-static needs nvidia-modelopt) is named, the others are made, and the exit status
+is 1. qvdit is that of this source tree.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def make(out: Path, model: str, width: str, device: str, threads: int, last: str
     torch.set_num_threads(threads)
     settings = JobSettings(
         model=model,
-        out=out / f"{model}-{width}",
+        out=out / f"{Path(model).name}-{width}",
         bits="w8a8" if width == STATIC else width,
         recipe=STATIC if width == STATIC else "qvdit",
         target="tensorrt",
@@ -45,7 +46,7 @@ def make(out: Path, model: str, width: str, device: str, threads: int, last: str
         records=2,
         device=device,
         distillation_steps=None if width == STATIC else 0,
-        calibration=out / "calibration" / model,
+        calibration=out / "calibration" / Path(model).name,
         threads=threads,
     )
     job = Job(settings)
@@ -56,7 +57,7 @@ def make(out: Path, model: str, width: str, device: str, threads: int, last: str
 
 def make_all(pool: ProcessPoolExecutor, out: Path, names: Iterable[tuple[str, str]], *how: object) -> list[str]:
     """Make several side by side and say how each went; returns those that failed."""
-    running = {pool.submit(make, out, model, width, *how): f"{model}-{width}" for model, width in names}
+    running = {pool.submit(make, out, model, width, *how): f"{Path(model).name}-{width}" for model, width in names}
     failed = []
     for done in as_completed(running):
         error = done.exception()

@@ -30,8 +30,9 @@ def test_the_switch_is_put_back_after_an_error():
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS, ids=lambda adapter: adapter.family)
-def test_blocks_hold_every_site(adapter, wan_model, latte_model):
-    model = next(m for m in (wan_model, latte_model) if type(m).__name__ == adapter.class_name)
+def test_blocks_hold_every_site(adapter, wan_model, latte_model, cogvideox_model):
+    models = (wan_model, latte_model, cogvideox_model)
+    model = next(m for m in models if type(m).__name__ == adapter.class_name)
     names = {id(module): name for name, module in model.named_modules()}
     blocks = [names[id(block)] for block in adapter.blocks(model)]
     assert len(blocks) == len(set(blocks))

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from qvdit.bench import blocks, candidates, display, floors, kernels, peers, plots, results, shapes, timing
+from qvdit.bench import blocks, candidates, display, floors, kernels, peers, plots, results, shapes, timing, turns
 from qvdit.bench.results import Results, Row
 from qvdit.bench.shapes import Shape
 from qvdit.cli import app
@@ -146,10 +146,10 @@ def test_turns_and_summaries():
 
         return time
 
-    times = timing.in_turns({"a": timer("a", 1.0), "b": timer("b", 2.0)}, 3)
+    times = turns.in_turns({"a": timer("a", 1.0), "b": timer("b", 2.0)}, 3)
     assert times == {"a": [1.0] * 3, "b": [2.0] * 3}
-    assert order == ["a", "b"] * (3 + timing._WARM_UPS)
-    assert timing.summary([4.0, 1.0, 2.0, 3.0, 5.0]) == (3.0, 1.0)
+    assert order == ["a", "b"] * (3 + turns.WARM_UPS)
+    assert turns.summary([4.0, 1.0, 2.0, 3.0, 5.0]) == (3.0, 1.0)
 
 
 def test_a_candidate_becomes_a_row():

@@ -26,7 +26,7 @@ from qvdit.models import ADAPTERS
 from qvdit.runtimes.onnxruntime import session
 
 BODIES = ("qdq", "integer")
-WAN, LATTE = ADAPTERS
+WAN, LATTE, COGVIDEOX = ADAPTERS
 
 
 def as_numpy(inputs: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:

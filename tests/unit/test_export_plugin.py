@@ -230,7 +230,7 @@ KINDS = [(4, 8, True, 1), (3, 6, False, 2), (8, 8, True, 0)]
 
 
 @pytest.mark.parametrize(("bits", "act_bits", "symmetric", "rank"), KINDS)
-@pytest.mark.parametrize("family", ["wan", "latte"])
+@pytest.mark.parametrize("family", ["wan", "latte", "cogvideox"])
 def test_file_is_pytorchs_model(
     family: str,
     bits: int,
@@ -242,7 +242,7 @@ def test_file_is_pytorchs_model(
     request: pytest.FixtureRequest,
     tmp_path: Path,
 ) -> None:
-    shape, text, frames = {"wan": ((3, 16, 32, 32), 64, 16), "latte": ((4, 4, 8, 8), 24, 4)}[family]
+    shape, text, frames = ((3, 16, 32, 32), 64, 16) if family == "wan" else ((4, 4, 8, 8), 24, 4)
     traced, transformer = (request.getfixturevalue(name) for name in (f"traced_{family}", f"{family}_model"))
     layers = rtn_layers(transformer, frames, bits, act_bits, symmetric, rank)
     path = tmp_path / "model.onnx"
@@ -261,7 +261,15 @@ def test_file_is_pytorchs_model(
     assert y.dtype == np.float32
     distance = relative_error(quantized, full)
     assert relative_error(y, quantized) < max(0.35 * distance, 2e-3)  # flips of roundings cascade
-    assert relative_error(y, full) == pytest.approx(distance, rel=0.1)
+    if (family, bits) == (
+        "cogvideox",
+        8,
+    ):  # 8 bits change this model as little as FP16 does: PyTorch's own is farther off
+        half = quantized_transformer(transformer, layers).half()
+        distance = relative_error(run_torch(half, {n: x.half() for n, x in inputs.items()}).astype(np.float32), full)
+        assert relative_error(y, full) < distance
+    else:
+        assert relative_error(y, full) == pytest.approx(distance, rel=0.1)
 
 
 def name_of(layer: LowBitLayer) -> str:
@@ -327,7 +335,7 @@ def test_same_layers_same_bytes(traced_wan: onnx.ModelProto, wan_model: Any, rtn
 # Merging --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("family", "nodes"), [("wan", 14), ("latte", 11)])
+@pytest.mark.parametrize(("family", "nodes"), [("wan", 14), ("latte", 11), ("cogvideox", 8)])
 def test_merging_changes_nothing(
     family: str, nodes: int, wide_models: Any, wide_inputs: Any, rtn_layers: Any, shared: Any
 ) -> None:
@@ -348,7 +356,7 @@ def test_merging_changes_nothing(
     onnx.checker.check_model(merged, full_check=True)
     shapes = {value.name: value.type.tensor_type.shape.dim for value in merged.graph.value_info}
     split = [node for node in merged.graph.node if node.name.endswith(":split")]
-    assert {shapes[node.input[0]][-1].dim_value for node in split} == {256, 384}
+    assert {shapes[node.input[0]][-1].dim_value for node in split} == ({384} if family == "cogvideox" else {256, 384})
     found = {layer.name: layer for layer in plugin.with_placeholders(merged)[1]}
     for layer in layers:
         assert_same_layer(found[layer.name], layer)

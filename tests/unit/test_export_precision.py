@@ -51,10 +51,11 @@ def drop_domain(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-@pytest.fixture(params=["wan", "latte"])
+@pytest.fixture(params=["wan", "latte", "cogvideox"])
 def case(request: pytest.FixtureRequest, example_inputs: Any) -> tuple[onnx.ModelProto, Any, dict[str, torch.Tensor]]:
     """A traced graph, its model and an example."""
-    shapes = {"wan": ((3, 16, 32, 32), 64), "latte": ((4, 4, 8, 8), 24)}
+    square = ((4, 4, 8, 8), 24)
+    shapes = {"wan": ((3, 16, 32, 32), 64), "latte": square, "cogvideox": square}
     traced, model = (request.getfixturevalue(f"{kind}_{request.param}") for kind in ("traced", "tiny"))
     return traced, model, example_inputs(*shapes[request.param], seed=3)
 
@@ -67,6 +68,11 @@ def tiny_wan(wan_model: Any) -> Any:
 @pytest.fixture
 def tiny_latte(latte_model: Any) -> Any:
     return latte_model
+
+
+@pytest.fixture
+def tiny_cogvideox(cogvideox_model: Any) -> Any:
+    return cogvideox_model
 
 
 @pytest.mark.parametrize(("low", "kind"), [("float16", HALF), ("bfloat16", BFLOAT)])
@@ -116,6 +122,15 @@ def test_error_of_mixed_types(case: Any) -> None:
         expected = model(**inputs, return_dict=False)[0].numpy()
     assert found.dtype == np.float32
     assert 1e-6 < relative_error(found, expected) < 1e-3
+
+
+def test_an_operator_may_be_low_after_all(case: Any) -> None:
+    traced, model, _ = case
+    typed = precision.strongly_typed(traced, widths_of(model), also_low=["Softmax"])
+    types = types_of(typed)
+    softmaxes = [node for node in typed.graph.node if node.op_type == "Softmax"]
+    assert softmaxes
+    assert {types[name] for node in softmaxes for name in (*node.input, *node.output)} == {HALF}
 
 
 def test_what_would_overflow_is_float32(case: Any) -> None:

@@ -1,0 +1,27 @@
+"""Taking turns, and what many times say: for every benchmark, with PyTorch or without."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
+
+Name = TypeVar("Name")
+WARM_UPS = 2  # rounds that are not counted: clocks rise, caches fill
+
+
+def in_turns(timers: Mapping[Name, Callable[[], float]], repeats: int) -> dict[Name, list[float]]:
+    """Every timer's times, taken in turns so that drift and heat hit all alike."""
+    times: dict[Name, list[float]] = {name: [] for name in timers}
+    for round_ in range(WARM_UPS + repeats):
+        for name, timer in timers.items():
+            taken = timer()
+            if round_ >= WARM_UPS:
+                times[name].append(taken)
+    return times
+
+
+def summary(times: Sequence[float]) -> tuple[float, float]:
+    """Median, and interquartile range over median."""
+    first, median, third = statistics.quantiles(times, n=4)
+    return round(median, 6), round((third - first) / median, 4)

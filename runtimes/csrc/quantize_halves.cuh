@@ -13,10 +13,14 @@
 #include "quantize_rows.cuh"
 
 #ifndef QVDIT_ROWS_AT_ONCE
-#define QVDIT_ROWS_AT_ONCE 2
+#define QVDIT_ROWS_AT_ONCE 1
 #endif
 #ifndef QVDIT_REGISTERS
-#define QVDIT_REGISTERS 96
+#define QVDIT_REGISTERS 80
+#endif
+
+#ifndef QVDIT_QUOTIENT
+#define QVDIT_QUOTIENT 4
 #endif
 
 namespace qvdit {
@@ -40,6 +44,16 @@ struct Halves<__nv_bfloat16> {
     return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
   }
 };
+
+__device__ __forceinline__ float rounder_plus_quotient_of(float x, const RowGrid& grid, float reciprocal_rest) {
+#if QVDIT_QUOTIENT == 3
+  return __fadd_rn(__fmaf_rn(x, grid.reciprocal, __fmul_rn(x, reciprocal_rest)), kRounder);
+#elif QVDIT_QUOTIENT == 2  // wrong at ties: to see what the quotient costs
+  return __fmaf_rn(x, grid.reciprocal, kRounder);
+#else
+  return rounder_plus_quotient(x, grid.divisor, grid.reciprocal);
+#endif
+}
 
 // The greatest of non-negative or NaN values over a warp: as unsigned integers, where NaN is above Inf.
 __device__ __forceinline__ float warp_max(float value) {
@@ -131,6 +145,7 @@ __global__ void __maxnreg__(QVDIT_REGISTERS) quantize_halves_kernel(const __grid
       if (row >= rows) break;
       if (kRanks && lane < rank) {
         float dot = 0.f;
+#pragma unroll 1
         for (int w = 0; w < warps; ++w) dot += partial_u[of][i][lane][first_warp + w];
         float u = scale[i] * dot;
         if (args.frame_gain) {
@@ -145,6 +160,7 @@ __global__ void __maxnreg__(QVDIT_REGISTERS) quantize_halves_kernel(const __grid
         if (args.zero) args.zero[row] = static_cast<int>(stored_zero[i]);
         if (args.row_sum) {
           int total = -features * static_cast<int>(stored_zero[i]);
+#pragma unroll 1
           for (int w = 0; w < warps; ++w) total += partial_sum[of][i][first_warp + w];
           args.row_sum[row] = total;
         }
@@ -218,9 +234,11 @@ __global__ void __maxnreg__(QVDIT_REGISTERS) quantize_halves_kernel(const __grid
     last_first = first;
 
     RowGrid grid[kRows];
+    float rest[kRows];  // of the reciprocal, past its float32
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       grid[i] = RowGrid::of<kSymmetric>(range[i][kSides - 1], range[i][0], params.levels);
+      rest[i] = __fmul_rn(__fmaf_rn(-grid[i].divisor, grid[i].reciprocal, 1.f), grid[i].reciprocal);
       last_scale[i] = grid[i].scale, last_zero[i] = kSymmetric ? 0.f : grid[i].zero - 128.f;
       if (grid[i].divisor == 0.f) {  // no integers: neither from NaN nor from Inf
 #pragma unroll
@@ -242,8 +260,8 @@ __global__ void __maxnreg__(QVDIT_REGISTERS) quantize_halves_kernel(const __grid
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
             const float2 pair = Halves<In>::floats(pairs[j]);
-            centred[i][2 * j] = rounder_plus_quotient(pair.x, grid[i].divisor, grid[i].reciprocal);
-            centred[i][2 * j + 1] = rounder_plus_quotient(pair.y, grid[i].divisor, grid[i].reciprocal);
+            centred[i][2 * j] = rounder_plus_quotient_of(pair.x, grid[i], rest[i]);
+            centred[i][2 * j + 1] = rounder_plus_quotient_of(pair.y, grid[i], rest[i]);
           }
           if constexpr (!kSymmetric) {
 #pragma unroll

@@ -14,7 +14,7 @@ from pathlib import Path
 import onnx
 import onnx.helper
 
-from qvdit.contract.bundle import TENSORRT_MODEL
+from qvdit.contract.bundle import TENSORRT_LAYERS, TENSORRT_MODEL
 from qvdit.contract.layer import Layer, StaticInt8Layer
 from qvdit.export.files import save_model
 from qvdit.export.functions import DOMAIN
@@ -29,7 +29,8 @@ from qvdit.export.graph import (
     plain_fills,
     static_int8,
 )
-from qvdit.export.opset import lowered
+from qvdit.export.layers import layers_model, static_layers_model
+from qvdit.export.opset import TENSORRT_OPSET, lowered
 from qvdit.export.plugin import plugin_model
 from qvdit.export.precision import LowType, strongly_typed
 
@@ -45,13 +46,21 @@ class TracedModel:
 
 
 def export_tensorrt(model: TracedModel, bundle: Path, low: LowType = "float16") -> list[Path]:
-    """Write ``tensorrt/model.onnx``, checked in full; returns its files.
+    """Write ``tensorrt/model.onnx``, checked in full, and ``tensorrt/layers.onnx``; returns their files.
 
     low: bfloat16 needs TensorRT 10. Layers that the plugin does not compute raise QvditError, and nothing is written.
     """
     files = save_model(tensorrt_model(model, low), bundle / TENSORRT_MODEL)
     check(str(bundle / TENSORRT_MODEL))
-    return files
+    return [*files, *_export_layers(model.layers, bundle)]
+
+
+def _export_layers(layers: Sequence[Layer], bundle: Path) -> list[Path]:
+    static = [layer for layer in layers if isinstance(layer, StaticInt8Layer)]
+    if len(static) == len(layers):
+        return save_model(static_layers_model(static, TENSORRT_OPSET), bundle / TENSORRT_LAYERS)
+    written = onnx.load(bundle / TENSORRT_MODEL, load_external_data=False)
+    return save_model(layers_model(written), bundle / TENSORRT_LAYERS)
 
 
 def tensorrt_model(model: TracedModel, low: LowType = "float16", merge: bool = True) -> onnx.ModelProto:

@@ -209,6 +209,44 @@ def parity(bundle: Bundle, threads: Threads = 2) -> None:
 
 
 @app.command()
+def engine(
+    bundle: Bundle,
+    video_size: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Height and width of the model's input, HxW; the first is tuned for (default: the example's)."
+        ),
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Largest batch (default: the example's).")] = None,
+    workspace: Annotated[
+        str | None, typer.Option(help="Scratch memory for the build, as 512M or 4G (default: all there is).")
+    ] = None,
+    optimization_level: Annotated[
+        int | None, typer.Option(min=0, max=5, help="0, fast to build, to 5 (default: TensorRT's own, 3).")
+    ] = None,
+    timing_cache: Annotated[
+        Path | None, typer.Option(help="Measurements to reuse (default: timing.cache beside the engine).")
+    ] = None,
+    plugin: Annotated[Path | None, typer.Option(help="The plugin's library, libqvdit_tensorrt.so.")] = None,
+    device: Annotated[str, typer.Option(help="cuda or cuda:N.")] = "cuda",
+    verbose: Annotated[bool, typer.Option("--verbose", help="All that TensorRT says, on stderr.")] = False,
+) -> None:
+    """Build and prove the TensorRT engine of an exported bundle, on the machine that is to run it. No PyTorch."""
+    from qvdit.runtimes.tensorrt.build import BuildOptions, build_engine, parse_bytes, parse_size
+
+    options = BuildOptions(
+        video_sizes=tuple(map(parse_size, video_size or [])),
+        batch=batch,
+        workspace=parse_bytes(workspace),
+        optimization_level=optimization_level,
+        timing_cache=timing_cache,
+        plugin=plugin,
+        verbose=verbose,
+    )
+    build_engine(bundle, options, device, _say_line)
+
+
+@app.command()
 def inspect(bundle: Bundle) -> None:
     """Tell what a bundle holds: model, recipe, bits, sizes, every quantized layer."""
     from qvdit.contract import checkpoint
@@ -251,7 +289,9 @@ def doctor() -> None:
     slow = "no VNNI: 8-bit products run unsigned, exact but slower" if saturates() else "fast 8-bit products"
     console.print(f"onnxruntime target: ready, {slow}")
     missing = missing_for_tensorrt()
-    console.print(f"tensorrt target: {'ready' if missing is None else f'no engine can be built here: {missing}'}")
+    console.print(
+        f"tensorrt target: {'ready' if missing is None else f'no engine can be built here: {missing}'}", soft_wrap=True
+    )
 
 
 @app.command()
@@ -409,7 +449,7 @@ def _say_result(job: Job, last: str) -> None:
     else:
         console.print(f"done up to {last} in {out}; qvdit-export with the same options finishes it", soft_wrap=True)
     if job.settings.target == "tensorrt" and last in ("export", "quality"):
-        _refuse_engine(job)
+        _build_engine(job)
 
 
 def _say_report(report: dict[str, Any]) -> None:
@@ -434,19 +474,27 @@ def _say_report(report: dict[str, Any]) -> None:
         )
 
 
-def _refuse_engine(job: Job) -> None:
-    """Say what is missing for an engine. Engines are not built by this version."""
+def _build_engine(job: Job) -> None:
+    """Build and prove the engine of an exported bundle, or say what is missing and what to run where it is not."""
     from qvdit.system import missing_for_tensorrt
 
-    missing = missing_for_tensorrt() or "a version of qvdit without the engine builder"
     static = job.recipe.kind == "static"
-    needs = "TensorRT >= 10 and a GPU" if static else "TensorRT >= 10, a GPU and a build of the LowBitLinear plugin"
-    library = "" if static else "--plugins=PLUGIN.so "
-    fix = (
-        f"everything up to the engine is in {job.out}: copy it to a machine with {needs} and run there: "
-        f"trtexec --stronglyTyped {library}--onnx={job.out}/tensorrt/model.onnx"
-    )
-    raise QvditError(missing, "TensorRT and a GPU to build an engine", fix)
+    missing = missing_for_tensorrt(with_plugin=not static)
+    if missing:
+        needs = "TensorRT and a GPU" if static else "TensorRT, a GPU and a build of the LowBitLinear plugin"
+        raise QvditError(
+            missing,
+            f"{needs} to build an engine",
+            f"everything up to the engine is in {job.out}: copy it to a machine that has them and run there: "
+            f"python -m qvdit.runtimes.tensorrt {shlex.quote(str(job.out))}",
+        )
+    from qvdit.runtimes.tensorrt.build import BuildOptions, build_engine
+
+    build_engine(job.out, BuildOptions(), say=_say_line)
+
+
+def _say_line(text: str) -> None:
+    console.print(text, soft_wrap=True, highlight=False, markup=False)
 
 
 def _quiet() -> None:

@@ -22,6 +22,7 @@ from qvdit.contract.bundle import (
     PARITY_INPUTS,
     PARITY_REFERENCE,
     QDQ_MODEL,
+    TENSORRT_LAYERS,
     TENSORRT_MODEL,
     Manifest,
     read_manifest,
@@ -214,7 +215,7 @@ class Job:
                 written.extend(export_tensorrt(traced, self.out))
 
         # A folder exported before its bundle held KEPT_WEIGHTS, or for TensorRT at another opset, is exported again.
-        target = [self.settings.target, *(["opset 18"] if self.settings.target == "tensorrt" else [])]
+        target = [self.settings.target, *(["opset 18", TENSORRT_LAYERS] if self.settings.target == "tensorrt" else [])]
         key = [self.stages.result("quantize"), self.stages.result("trace"), *target, KEPT_WEIGHTS]
         self.stages.run("export", key, lambda: written, work)
         self._keep_manifest()
@@ -347,7 +348,7 @@ class Job:
                 there = read_manifest(self.out)
                 self.replaced = f"{there.recipe} {there.bits}"
         stale = (MANIFEST, KEPT_WEIGHTS, PARITY_INPUTS, PARITY_REFERENCE, "report.json", "report.html")
-        models = (QDQ_MODEL, ORT_MODEL, TENSORRT_MODEL)
+        models = (QDQ_MODEL, ORT_MODEL, TENSORRT_MODEL, TENSORRT_LAYERS)
         for name in (*stale, *models, *(f"{model}.data" for model in models)):
             (self.out / name).unlink(missing_ok=True)
 
@@ -365,8 +366,8 @@ class Job:
     def _model_files(self) -> list[str]:
         names = [f"quantized/{checkpoint.CONFIG}", f"quantized/{checkpoint.WEIGHTS}", KEPT_WEIGHTS]
         names += [QDQ_MODEL, ORT_MODEL]
-        names += [TENSORRT_MODEL] if self.settings.target == "tensorrt" else []
-        names += [f"{name}.data" for name in (QDQ_MODEL, ORT_MODEL, TENSORRT_MODEL)]
+        names += [TENSORRT_MODEL, TENSORRT_LAYERS] if self.settings.target == "tensorrt" else []
+        names += [f"{name}.data" for name in (QDQ_MODEL, ORT_MODEL, TENSORRT_MODEL, TENSORRT_LAYERS)]
         return [name for name in names if (self.out / name).is_file()]
 
     def _keep_manifest(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -35,13 +34,19 @@ def cpu_name() -> str:
     return next(named, platform.processor() or platform.machine())
 
 
-def missing_for_tensorrt() -> str | None:
+def missing_for_tensorrt(with_plugin: bool = True) -> str | None:
     """What keeps this machine from building a TensorRT engine, or None."""
-    if importlib.util.find_spec("tensorrt") is None:
-        return "no TensorRT (Python package tensorrt)"
-    import torch
+    from qvdit.contract import QvditError
+    from qvdit.runtimes.tensorrt import device, plugin, versions
 
-    return None if torch.cuda.is_available() else "no GPU"
+    try:
+        module = versions.tensorrt()
+        device.driver()
+        if with_plugin:
+            plugin.check_library(plugin.find_library(), module)
+    except QvditError as error:
+        return error.got
+    return None
 
 
 def _version(name: str) -> str | None:

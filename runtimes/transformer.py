@@ -21,8 +21,8 @@ from qvdit.contract.bundle import Manifest
 class Session(Protocol):
     """What every runtime's session offers."""
 
-    def infer(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        """Run the model once."""
+    def infer(self, inputs: dict[str, Any]) -> Any:
+        """Run the model once: numpy arrays, or PyTorch's CUDA tensors where the session is on a GPU."""
 
 
 class _Config(SimpleNamespace):
@@ -39,8 +39,8 @@ class _Config(SimpleNamespace):
 class RuntimeTransformer:
     """``pipe.transformer = RuntimeTransformer(…)``: answers what diffusers' pipelines ask of their transformer."""
 
-    def __init__(self, session: Session, manifest: Manifest):
-        self.session, self.manifest = session, manifest
+    def __init__(self, session: Session, manifest: Manifest, device: str = "cpu"):
+        self.session, self.manifest, self._device = session, manifest, device
         self.config = _Config(**manifest.source_config)
 
     @property
@@ -50,8 +50,8 @@ class RuntimeTransformer:
 
     @property
     def device(self) -> Any:
-        """The CPU."""
-        return sys.modules["torch"].device("cpu") if "torch" in sys.modules else "cpu"
+        """Where the session runs."""
+        return sys.modules["torch"].device(self._device) if "torch" in sys.modules else self._device
 
     def to(self, *_: Any, **__: Any) -> RuntimeTransformer:
         """Stay where it is: an engine does not move."""
@@ -78,20 +78,29 @@ class RuntimeTransformer:
             raise QvditError(
                 f"argument {sorted(unknown)[0]!r}", "only what the model was exported with", "leave it out"
             )
-        output = self.session.infer(
-            {
-                "hidden_states": _numpy(hidden_states),
-                "timestep": np.broadcast_to(_numpy(timestep), (hidden_states.shape[0],)),
-                "encoder_hidden_states": _numpy(encoder_hidden_states),
-            }
-        )
-        sample = _like(output, hidden_states)
+        stays = self._device != "cpu" and getattr(hidden_states, "is_cuda", False)
+        inputs = {
+            name: _on_device(value, hidden_states.device) if stays else _numpy(value)
+            for name, value in (
+                ("hidden_states", hidden_states),
+                ("timestep", timestep),
+                ("encoder_hidden_states", encoder_hidden_states),
+            )
+        }
+        batch = (hidden_states.shape[0],)
+        inputs["timestep"] = inputs["timestep"].expand(batch) if stays else np.broadcast_to(inputs["timestep"], batch)
+        output = self.session.infer(inputs)
+        sample = output.to(hidden_states.dtype) if stays else _like(output, hidden_states)
         return SimpleNamespace(sample=sample) if return_dict else (sample,)
 
 
 def _harmless(name: str, value: Any) -> bool:
     """Whether an argument asks for nothing but what was exported."""
     return (name == "enable_temporal_attentions" and value is True) or (name == "attention_kwargs" and not value)
+
+
+def _on_device(value: Any, device: Any) -> Any:
+    return sys.modules["torch"].as_tensor(value).detach().to(device)
 
 
 def _numpy(value: Any) -> np.ndarray:

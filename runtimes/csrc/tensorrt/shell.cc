@@ -41,6 +41,12 @@ const int32_t* find_attribute(const void* source, const char* name) {
   return field && field->length == 1 ? static_cast<const int32_t*>(field->data) : nullptr;
 }
 
+// What this library was built for, to be found in its file before anything loads it: qvdit/runtimes/tensorrt/plugin.py.
+#define QVDIT_TEXT_OF(value) #value
+#define QVDIT_TEXT(value) QVDIT_TEXT_OF(value)
+#define QVDIT_TENSORRT QVDIT_TEXT(NV_TENSORRT_MAJOR) "." QVDIT_TEXT(NV_TENSORRT_MINOR) "." QVDIT_TEXT(NV_TENSORRT_PATCH)
+__attribute__((used)) const char kBuiltFor[] = "qvdit LowBitLinear 1 for TensorRT " QVDIT_TENSORRT;
+
 }  // namespace
 
 bool report(const char* layer, const Refusal& refusal) noexcept {

@@ -1,0 +1,60 @@
+"""Builds and proves a bundle's engine, on the machine that is to run it: no PyTorch, no command-line packages.
+
+python -m qvdit.runtimes.tensorrt BUNDLE [--video-size HxW …] [--plugin FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from qvdit.contract import QvditError
+from qvdit.runtimes.tensorrt.build import BuildOptions, build_engine, parse_bytes, parse_size
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(prog="python -m qvdit.runtimes.tensorrt", description=__doc__.splitlines()[0])
+    made.add_argument("bundle", type=Path, help="a folder that qvdit-export --target tensorrt made")
+    made.add_argument(
+        "--video-size",
+        action="append",
+        default=[],
+        metavar="HxW",
+        help="height and width of the model's input; the first is tuned for (default: the example's)",
+    )
+    made.add_argument("--batch", type=int, help="largest batch (default: the example's)")
+    made.add_argument("--workspace", metavar="SIZE", help="scratch memory for the build, as 512M or 4G (default: all)")
+    made.add_argument("--optimization-level", type=int, choices=range(6), help="0, fast to build, to 5 (default: 3)")
+    made.add_argument(
+        "--timing-cache", type=Path, help="measurements to reuse (default: timing.cache beside the engine)"
+    )
+    made.add_argument("--plugin", type=Path, help="libqvdit_tensorrt.so")
+    made.add_argument("--device", default="cuda", help="cuda or cuda:N")
+    made.add_argument("--verbose", action="store_true", help="all that TensorRT says, on stderr")
+    return made
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Build; returns the exit status."""
+    given = parser().parse_args(arguments)
+    try:
+        options = BuildOptions(
+            video_sizes=tuple(map(parse_size, given.video_size)),
+            batch=given.batch,
+            workspace=parse_bytes(given.workspace),
+            optimization_level=given.optimization_level,
+            timing_cache=given.timing_cache,
+            plugin=given.plugin,
+            verbose=given.verbose,
+        )
+        build_engine(given.bundle, options, given.device, lambda text: print(text, flush=True))
+    except QvditError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

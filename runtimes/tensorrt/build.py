@@ -1,0 +1,231 @@
+"""A bundle's engine: built from ``tensorrt/model.onnx``, loaded, proven, and only then put in the place of the last."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qvdit.contract import QvditError
+from qvdit.contract.bundle import ENGINE, ENGINE_FACTS, ENGINE_PARITY, TENSORRT_LAYERS, TENSORRT_MODEL, Manifest, verify
+from qvdit.contract.files import write_atomic, write_json
+from qvdit.contract.parity import load_reference
+from qvdit.runtimes.tensorrt import plugin, versions
+from qvdit.runtimes.tensorrt.device import Device
+from qvdit.runtimes.tensorrt.engine import EngineFacts, Profile, model_hashes, pending
+from qvdit.runtimes.tensorrt.log import logger
+from qvdit.runtimes.tensorrt.session import TensorRtSession, open_device
+
+Say = Callable[[str], None]
+
+MOST_TEXT_TOKENS = 512  # of the encoders of Wan (512), CogVideoX (226) and Latte (120)
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What a user may choose."""
+
+    video_sizes: tuple[tuple[int, int], ...] = ()  # height and width of hidden_states; the first is tuned for
+    batch: int | None = None  # the largest; None: the example's
+    workspace: int | None = None  # bytes of scratch memory; None: all there is
+    optimization_level: int | None = None  # 0 to 5
+    timing_cache: Path | None = None  # None: beside the engine
+    plugin: Path | None = None
+    verbose: bool = False
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """HxW."""
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if match is None or 0 in (int(match[1]), int(match[2])):
+        raise QvditError(f"--video-size {text!r}", "HEIGHTxWIDTH", "for example --video-size 32x32")
+    return int(match[1]), int(match[2])
+
+
+def parse_bytes(text: str | None) -> int | None:
+    """512M, 4G or a number of bytes."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)([KMG]?)", text.upper())
+    if match is None:
+        raise QvditError(f"--workspace {text!r}", "a size in bytes", "for example --workspace 4G")
+    return int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]]
+
+
+@dataclass(frozen=True)
+class Built:
+    """What came of a build."""
+
+    facts: EngineFacts
+    parity: dict[str, Any]
+
+
+# Profiles ------------------------------------------------------------------------------------------------------------
+
+
+def make_profile(
+    inputs: Mapping[str, Sequence[int | str]], example: Mapping[str, Sequence[int]], options: BuildOptions
+) -> Profile:
+    """Shapes from the video sizes asked for; the example's is always among them, since parity runs it.
+
+    inputs: the manifest's, with names for what varies. example: the shapes of the saved reference.
+    """
+    found = {name: size for key, dims in inputs.items() for name, size in zip(dims, example[key], strict=True)}
+    ranges = {name: (size, size, size) for name, size in found.items() if isinstance(name, str)}
+    if "batch" in ranges:
+        batch = options.batch or found["batch"]
+        ranges["batch"] = (1, batch, max(batch, found["batch"]))  # a guided pass may come in two halves
+    if "text_tokens" in ranges:
+        size = found["text_tokens"]
+        ranges["text_tokens"] = (1, size, max(size, MOST_TEXT_TOKENS))
+    if options.video_sizes:
+        for axis, name in enumerate(("height", "width")):
+            if name not in ranges:
+                raise QvditError(
+                    f"--video-size for a model of one size ({list(example['hidden_states'])})",
+                    "no size",
+                    "leave it out",
+                )
+            sizes = [size[axis] for size in options.video_sizes]
+            ranges[name] = (min(*sizes, found[name]), sizes[0], max(*sizes, found[name]))
+    return {
+        key: [[ranges[d][i] if isinstance(d, str) else d for d in dims] for i in range(3)]
+        for key, dims in inputs.items()
+    }
+
+
+# Building ------------------------------------------------------------------------------------------------------------
+
+
+class Builder:
+    """Builds engines on one GPU: one logger, one plugin, one timing cache for all of them."""
+
+    def __init__(self, device: Device, options: BuildOptions, cache: Path, library: plugin.PluginLibrary | None):
+        self.trt = versions.tensorrt()
+        self.device, self.options, self.cache = device, options, cache
+        self.log = logger(options.verbose)
+        if library is not None:
+            plugin.load_library(library, self.log)
+
+    def build(self, model: Path, shapes_of: Callable[[str], list[list[int]]], level: int | None) -> bytes:
+        """A serialized engine of an ONNX file; shapes_of: an input's smallest, most common and largest shape."""
+        self.device.make_current()
+        builder = self.trt.Builder(self.log)
+        network = versions.create_network(self.trt, builder)
+        parser = self.trt.OnnxParser(network, self.log)
+        if not parser.parse_from_file(str(model)):
+            raise self._parse_error(model, parser)
+        config = builder.create_builder_config()
+        versions.configure(self.trt, config, network, self.options.workspace, level, self.options.verbose)
+        shapes = builder.create_optimization_profile()
+        for index in range(network.num_inputs):
+            name = network.get_input(index).name
+            shapes.set_shape(name, *shapes_of(name))
+        config.add_optimization_profile(shapes)
+        versions.timing_cache(config, self.cache.read_bytes() if self.cache.is_file() else b"")
+        plan = builder.build_serialized_network(network, config)
+        if plan is None:
+            raise QvditError(
+                f"{model}, which TensorRT does not build ({self.log.why()})",
+                "a model that this TensorRT and the plugin take, and enough GPU memory "
+                f"({self.device.free_memory():,} bytes are free)",
+                "do what the reason says; --verbose shows all of it",
+            )
+        self._keep_cache(config)
+        return bytes(plan)
+
+    def _parse_error(self, model: Path, parser: Any) -> QvditError:
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        where = versions.error_node(errors[0]) if errors else "the model"
+        reasons = "; ".join(dict.fromkeys(" ".join(error.desc().split()) for error in errors[:3]))
+        ours = self.log.why()
+        return QvditError(
+            f"{model}, which TensorRT does not parse at {where} ({reasons or ours}: {ours})",
+            "nodes that this TensorRT and the plugin know",
+            "export the model again; --verbose shows more",
+        )
+
+    def _keep_cache(self, config: Any) -> None:
+        cache = config.get_timing_cache()
+        if cache is not None:
+            content = bytes(cache.serialize())
+            # Engines may be built side by side: the last one's measurements stay, whole.
+            temporary = self.cache.with_name(f"{self.cache.name}.{os.getpid()}")
+            write_atomic(temporary, lambda path: path.write_bytes(content))
+            temporary.replace(self.cache)
+
+
+def build_engine(bundle: Path, options: BuildOptions, device: str = "cuda", say: Say = print) -> Built:
+    """Build and prove a bundle's engine; the one that is there stays until the new one has passed.
+
+    say: is told of every step. QvditError says what is missing, what TensorRT refused or what parity found.
+    """
+    from qvdit.runtimes.tensorrt.parity import check_engine, refuse_failed
+
+    trt = versions.tensorrt()
+    gpu = open_device(device)
+    manifest = _exported(bundle)
+    library = _library(bundle, options)
+    saved = load_reference(bundle)
+    profile = make_profile(manifest.inputs, {name: value.shape for name, value in saved.inputs.items()}, options)
+    cache = options.timing_cache or (bundle / ENGINE).with_name("timing.cache")
+    builder = Builder(gpu, options, cache, library)
+    here = gpu.facts()
+    say(f"TensorRT {trt.__version__} on {here.name}: building {bundle / ENGINE}")
+    start = time.monotonic()
+    plan = builder.build(bundle / TENSORRT_MODEL, profile.__getitem__, options.optimization_level)
+    seconds = time.monotonic() - start
+    say(f"built in {seconds:.0f} s, {len(plan):,} bytes")
+    with TensorRtSession(plan, gpu, builder.log) as session:
+        facts = EngineFacts(
+            tensorrt=trt.__version__,
+            gpu=here.name,
+            compute=here.compute,
+            driver=here.driver,
+            profile=profile,
+            onnx_sha256=model_hashes(bundle),
+            plugin_sha256=library.sha256 if library else None,
+            plugin_version=library.version if library else None,
+            plugin_tensorrt=library.tensorrt if library else None,
+            optimization_level=options.optimization_level,
+            workspace=options.workspace,
+            build_seconds=round(seconds, 2),
+            engine_sha256=hashlib.sha256(plan).hexdigest(),
+            engine_bytes=len(plan),
+            device_bytes=session.device_bytes,
+        )
+        parity = check_engine(bundle, saved, session, builder, say)
+    write_json(pending(bundle / ENGINE_PARITY), parity)
+    refuse_failed(parity, pending(bundle / ENGINE_PARITY))
+    _install(bundle, plan, facts)
+    return Built(facts, parity)
+
+
+def _install(bundle: Path, plan: bytes, facts: EngineFacts) -> None:
+    """Put a proven engine in the last one's place."""
+    write_atomic(pending(bundle / ENGINE), lambda path: path.write_bytes(plan))
+    write_json(pending(bundle / ENGINE_FACTS), dataclasses.asdict(facts))
+    for name in (ENGINE, ENGINE_FACTS, ENGINE_PARITY):
+        pending(bundle / name).replace(bundle / name)
+
+
+def _exported(bundle: Path) -> Manifest:
+    manifest = verify(bundle)
+    for name in (TENSORRT_MODEL, TENSORRT_LAYERS):
+        if name not in manifest.files:
+            raise QvditError(
+                f"{bundle}, which has no {name}", "a bundle for TensorRT", "export it with --target tensorrt"
+            )
+    return manifest
+
+
+def _library(bundle: Path, options: BuildOptions) -> plugin.PluginLibrary | None:
+    if not plugin.is_needed(bundle / TENSORRT_MODEL):
+        return None
+    return plugin.find_library(options.plugin, (bundle / ENGINE).parent)

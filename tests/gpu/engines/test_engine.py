@@ -1,0 +1,98 @@
+"""Engines that were built from bundles: what they compute, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qvdit.contract import QvditError
+from qvdit.contract.bundle import ENGINE, ENGINE_FACTS, ENGINE_PARITY
+from qvdit.contract.parity import load_reference, relative_error
+from qvdit.runtimes.tensorrt import versions
+from qvdit.runtimes.tensorrt.session import TensorRtSession
+
+
+def test_every_bundle_has_a_proven_engine(bundles: list[Path]) -> None:
+    for bundle in bundles:
+        result = json.loads((bundle / ENGINE_PARITY).read_text())
+        assert result["xq_mismatches"] == result["acc_mismatches"] == 0
+        assert 0.9 <= result["error_ratio"] <= 1.1
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_the_same_input_gives_the_same_output(bundles: list[Path], cuda_graph: bool) -> None:
+    saved = load_reference(bundles[0])
+    with TensorRtSession.of_bundle(bundles[0], cuda_graph=cuda_graph) as session:
+        first = session.infer(saved.inputs)
+        half = session.infer({name: value[:1] for name, value in saved.inputs.items()})
+        assert np.array_equal(session.infer(saved.inputs), first)
+    assert relative_error(half, first[:1]) < 0.05
+    assert relative_error(first, saved.quantized) < 0.05
+
+
+def test_sizes_outside_the_profile_are_refused(bundles: list[Path]) -> None:
+    saved = load_reference(bundles[0])
+    with (
+        TensorRtSession.of_bundle(bundles[0]) as session,
+        pytest.raises(QvditError, match="for which the engine was built"),
+    ):
+        session.infer({name: np.concatenate([value] * 2) for name, value in saved.inputs.items()})
+
+
+def test_a_truncated_engine_is_refused(copied: Path) -> None:
+    engine = copied / ENGINE
+    engine.write_bytes(engine.read_bytes()[:-1000])
+    with pytest.raises(QvditError, match="damaged"):
+        TensorRtSession.of_bundle(copied)
+
+
+def test_damage_that_the_facts_do_not_show_is_refused_by_tensorrt(copied: Path) -> None:
+    from qvdit.contract.files import sha256
+
+    engine, facts = copied / ENGINE, copied / ENGINE_FACTS
+    engine.write_bytes(engine.read_bytes()[: engine.stat().st_size // 2])
+    content = json.loads(facts.read_text())
+    facts.write_text(json.dumps(content | {"engine_sha256": sha256(engine), "engine_bytes": engine.stat().st_size}))
+    with pytest.raises(QvditError, match="refuses"):
+        TensorRtSession.of_bundle(copied)
+
+
+@pytest.mark.parametrize(("field", "value"), [("tensorrt", "10.3.0"), ("compute", "8.7")])
+def test_an_engine_of_another_machine_is_refused(copied: Path, field: str, value: str) -> None:
+    facts = copied / ENGINE_FACTS
+    facts.write_text(json.dumps(json.loads(facts.read_text()) | {field: value}))
+    with pytest.raises(QvditError, match="got an engine"):
+        TensorRtSession.of_bundle(copied)
+
+
+def test_weakly_typed_tensors_have_the_types_of_the_graph(bundles: list[Path]) -> None:
+    """8.6 is told every layer's precision from its tensors' types: they must be those that the file says."""
+    onnx = pytest.importorskip("onnx")
+    from qvdit.contract.bundle import TENSORRT_MODEL
+    from qvdit.runtimes.tensorrt import plugin
+    from qvdit.runtimes.tensorrt.log import logger
+
+    trt = versions.tensorrt()
+    log = logger()
+    plugin.load_library(plugin.find_library(), log)
+    path = bundles[0] / TENSORRT_MODEL
+    network = versions.create_network(trt, builder := trt.Builder(log))
+    assert builder is not None
+    parser = trt.OnnxParser(network, log)
+    assert parser.parse_from_file(str(path))
+    model = onnx.load(path, load_external_data=False)
+    kinds = {onnx.TensorProto.FLOAT: trt.DataType.FLOAT, onnx.TensorProto.FLOAT16: trt.DataType.HALF}
+    noted = {value.name: kinds.get(value.type.tensor_type.elem_type) for value in model.graph.value_info}
+    compared, wrong = 0, []
+    for layer in (network.get_layer(i) for i in range(network.num_layers)):
+        for tensor in (layer.get_output(i) for i in range(layer.num_outputs)):
+            expected = noted.get(tensor.name)
+            if expected is not None:
+                compared += 1
+                if tensor.dtype != expected:
+                    wrong.append((layer.name, str(layer.type), str(tensor.dtype), str(expected)))
+    assert compared > 100
+    assert not wrong, f"{len(wrong)} of {compared}: {wrong[:10]}"

@@ -12,17 +12,6 @@
 
 #include "quantize_rows.cuh"
 
-#ifndef QVDIT_ROWS_AT_ONCE
-#define QVDIT_ROWS_AT_ONCE 1
-#endif
-#ifndef QVDIT_REGISTERS
-#define QVDIT_REGISTERS 80
-#endif
-
-#ifndef QVDIT_QUOTIENT
-#define QVDIT_QUOTIENT 4
-#endif
-
 namespace qvdit {
 
 // Two 16-bit elements in a word.
@@ -45,16 +34,6 @@ struct Halves<__nv_bfloat16> {
   }
 };
 
-__device__ __forceinline__ float rounder_plus_quotient_of(float x, const RowGrid& grid, float reciprocal_rest) {
-#if QVDIT_QUOTIENT == 3
-  return __fadd_rn(__fmaf_rn(x, grid.reciprocal, __fmul_rn(x, reciprocal_rest)), kRounder);
-#elif QVDIT_QUOTIENT == 2  // wrong at ties: to see what the quotient costs
-  return __fmaf_rn(x, grid.reciprocal, kRounder);
-#else
-  return rounder_plus_quotient(x, grid.divisor, grid.reciprocal);
-#endif
-}
-
 // The greatest of non-negative or NaN values over a warp: as unsigned integers, where NaN is above Inf.
 __device__ __forceinline__ float warp_max(float value) {
   return __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(value) & 0x7fffffffu));
@@ -74,8 +53,26 @@ __device__ __forceinline__ void keep_out_of_loop(uint4 (&words)[kRows][kVectors]
   }
 }
 
+// kRanks: 0, 1, or how many of more are summed at once.
+constexpr int rows_at_once(int ranks) { return ranks > 1 ? 2 : 1; }
+
+// As few as hold a row, for as many warps as that allows. GB/s on an H100 (2026-11-25, bf16, 32768 rows, a copy of them
+// 2850-2970) with one row and 72 registers | one row and 80 | two rows and 128:
+//
+//   K        rank 0                rank 1                rank 4
+//   1152     2721 | 2686 | 2670    2263 | 2441 | 2282    1803 | 1988 | 1939
+//   1536     2769 | 2736 | 2725    2664 | 2659 | 2598    2016 | 2051 | 2155
+//   4608     2836 | 2760 | 2752    2740 | 2635 | 2645    1568 | 1579 | 1863
+//   5120     2812 | 2744 | 2746    2665 | 2652 | 2557    1380 | 1385 | 1774
+//   8960     2865 | 2831 | 2829    2644 | 2664 | 2498    1637 | 1434 | 1616
+constexpr int registers_for(int vectors, int ranks) {
+  if (ranks > 1) return 128;
+  return ranks == 1 && vectors == 5 ? 80 : 72;
+}
+
 template <typename In, int kVectors, int kRows, bool kSymmetric, int kRanks>
-__global__ void __maxnreg__(QVDIT_REGISTERS) quantize_halves_kernel(const __grid_constant__ QuantizeParams params) {
+__global__ void __maxnreg__(registers_for(kVectors, kRanks))
+    quantize_halves_kernel(const __grid_constant__ QuantizeParams params) {
   using Two = typename Halves<In>::Two;
   constexpr int kSides = kSymmetric ? 1 : 2;
   extern __shared__ uint4 shared[];
@@ -234,11 +231,9 @@ __global__ void __maxnreg__(QVDIT_REGISTERS) quantize_halves_kernel(const __grid
     last_first = first;
 
     RowGrid grid[kRows];
-    float rest[kRows];  // of the reciprocal, past its float32
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       grid[i] = RowGrid::of<kSymmetric>(range[i][kSides - 1], range[i][0], params.levels);
-      rest[i] = __fmul_rn(__fmaf_rn(-grid[i].divisor, grid[i].reciprocal, 1.f), grid[i].reciprocal);
       last_scale[i] = grid[i].scale, last_zero[i] = kSymmetric ? 0.f : grid[i].zero - 128.f;
       if (grid[i].divisor == 0.f) {  // no integers: neither from NaN nor from Inf
 #pragma unroll
@@ -260,8 +255,8 @@ __global__ void __maxnreg__(QVDIT_REGISTERS) quantize_halves_kernel(const __grid
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
             const float2 pair = Halves<In>::floats(pairs[j]);
-            centred[i][2 * j] = rounder_plus_quotient_of(pair.x, grid[i], rest[i]);
-            centred[i][2 * j + 1] = rounder_plus_quotient_of(pair.y, grid[i], rest[i]);
+            centred[i][2 * j] = rounder_plus_quotient(pair.x, grid[i].divisor, grid[i].reciprocal);
+            centred[i][2 * j + 1] = rounder_plus_quotient(pair.y, grid[i].divisor, grid[i].reciprocal);
           }
           if constexpr (!kSymmetric) {
 #pragma unroll
@@ -338,7 +333,7 @@ __global__ void __maxnreg__(QVDIT_REGISTERS) quantize_halves_kernel(const __grid
 
 template <typename In, int kVectors, bool kSymmetric, int kRanks>
 int32_t launch_halves(QuantizeParams& params, cudaStream_t stream) {
-  constexpr int kRows = QVDIT_ROWS_AT_ONCE;
+  constexpr int kRows = rows_at_once(kRanks);
   constexpr int kWarpsWanted = 4;             // a block
   constexpr int kMostAlpha = 96 << 10;        // bytes of shared memory for alpha: two blocks fit
   constexpr int64_t kBlocksWanted = 2 * 132;  // as many rows a block as leave these

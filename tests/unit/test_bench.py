@@ -223,7 +223,7 @@ def test_finding_rows():
         row(WIDE, "gemm", 0.5, 1, 8, tile="MMA_128X128"),
         row(WIDE, "gemm", 1.0, 1, 8),
         row(WIDE, "cutlass_s8", 0.9, 0, 8, tile="WGMMA_128X128"),
-        row(WIDE, "cutlass_s8", 0.8, 0, 8, tile="WGMMA_128X256"),
+        row(WIDE, "cutlass_s8", 0.8, 0, 8, tile="WGMMA_128X192"),
         row(WIDE, "linear", 1.3, 1, 3),
         row(WIDE, "linear", 1.2, 1, 4),
         row(WIDE, "quantize", 0.3, 1, prologue="gelu", gb_s=1.0),

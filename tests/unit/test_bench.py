@@ -409,6 +409,7 @@ def test_no_library_is_said(monkeypatch: pytest.MonkeyPatch):
         ("void cutlass::device_kernel<GemmUniversal>", "GEMM"),
         ("void qvdit::gemm_mma_kernel<Shape>", "GEMM"),
         ("void qvdit::quantize_rows_kernel<float, Plain, 1, true>", "quantization"),
+        ("void qvdit::quantize_halves_kernel<__nv_bfloat16, 5, 1, true, 1>(qvdit::QuantizeParams)", "quantization"),
         ("unpack_weight_kernel<4>", "quantization"),
         ("triton_poi_fused__scaled_dot_product_flash_attention_2", "other"),
         ("Memcpy DtoD (Device -> Device)", "other"),

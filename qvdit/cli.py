@@ -185,13 +185,19 @@ def run(
 
 
 @app.command()
-def parity(bundle: Bundle, threads: Threads = 2) -> None:
+def parity(
+    bundle: Bundle,
+    threads: Threads = 2,
+    device: Annotated[str, typer.Option(help="Where ONNX Runtime runs: cpu, cuda or cuda:N.")] = "cpu",
+) -> None:
     """Check a bundle against the reference run it carries: every layer's integers, then the whole model. No PyTorch."""
     from qvdit.contract.bundle import verify
+    from qvdit.runtimes import check_device
     from qvdit.runtimes.parity import check_bundle
 
+    check_device(device)
     verify(bundle)
-    layers, model = check_bundle(bundle, threads)
+    layers, model = check_bundle(bundle, threads, device)
     table = Table("layer", "x_q differ", "acc differ", "relative error")
     for layer in layers:
         if layer.xq_mismatches or layer.acc_mismatches:

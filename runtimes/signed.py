@@ -88,7 +88,7 @@ class _Signed:
         return [onnx.helper.make_node("Clip", [node.input[0], "", node.input[1]], node.output)]
 
     def _quantizelinear(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
-        if node.input[2] not in self._zeros:
+        if len(node.input) < 3 or node.input[2] not in self._zeros:
             return [node]
         axis = onnx.helper.get_node_attr_value(node, "axis")
         return [

@@ -16,7 +16,7 @@ from qvdit.contract import QvditError
 from qvdit.export.functions import DOMAIN
 
 TENSORRT_OPSET = 18
-_IR_VERSION = 8  # of opset 18
+_IR_VERSIONS = {18: 8, 21: 10}  # by opset
 
 # Changed after 18, but only in the types they take or in what we do not use.
 _SAME = {"Cast", "Constant", "ConstantOfShape", "Equal", "Flatten", "Identity", "Pad", "ReduceMax", "ReduceMin"}
@@ -51,8 +51,11 @@ _CONSTANTS = {
 }
 
 
-def lowered(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of a model at opset 18; its Gelus must be float32. An operator with no way there raises QvditError."""
+def lowered(model: onnx.ModelProto, opset: int = TENSORRT_OPSET) -> onnx.ModelProto:
+    """A copy of a model at opset 18, or 21 with Gelus as older parsers know them, too.
+
+    Its Gelus must be float32. An operator with no way there raises QvditError.
+    """
     result = onnx.ModelProto()
     result.CopyFrom(model)
     version = next(opset for opset in result.opset_import if not opset.domain)
@@ -60,20 +63,21 @@ def lowered(model: onnx.ModelProto) -> onnx.ModelProto:
     for node in result.graph.node:
         if node.op_type == "Gelu" and not node.domain:
             nodes += _gelu(node, result.graph)
-        elif node.domain == DOMAIN or _since(node, version.version) <= TENSORRT_OPSET or node.op_type in _SAME:
-            kept = [a for a in node.attribute if a.name != _NEW_ATTRIBUTES.get(node.op_type)]
-            del node.attribute[:]
-            node.attribute.extend(kept)
+        elif node.domain == DOMAIN or _since(node, version.version) <= opset or node.op_type in _SAME:
+            if opset == TENSORRT_OPSET:
+                kept = [a for a in node.attribute if a.name != _NEW_ATTRIBUTES.get(node.op_type)]
+                del node.attribute[:]
+                node.attribute.extend(kept)
             nodes.append(node)
         else:
             raise QvditError(
                 f"a model with {node.op_type} of opset {version.version}",
-                f"operators that opset {TENSORRT_OPSET} has",
+                f"operators that opset {opset} has",
                 "use --target onnxruntime",
             )
     del result.graph.node[:]
     result.graph.node.extend(nodes)
-    version.version, result.ir_version = TENSORRT_OPSET, _IR_VERSION
+    version.version, result.ir_version = opset, _IR_VERSIONS[opset]
     return result
 
 

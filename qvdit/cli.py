@@ -37,6 +37,14 @@ Out = Annotated[Path, typer.Option(help="The bundle's folder. Finished stages in
 BitsOption = Annotated[str, typer.Option(help=_BITS)]
 RecipeOption = Annotated[str, typer.Option(help="The method: a name that `qvdit doctor` lists, or a YAML file.")]
 Target = Annotated[str, typer.Option(help="What the bundle is for: onnxruntime, or tensorrt.")]
+WeightOnly = Annotated[
+    bool,
+    typer.Option(
+        "--weight-only",
+        help="With --target tensorrt: tensorrt/model.int4.onnx as well, INT4 weights for TensorRT 10 and later, "
+        "activations in floating point.",
+    ),
+]
 Prompts = Annotated[Path | None, typer.Option(help="Text file of calibration prompts, one a line (default: shipped).")]
 PromptCount = Annotated[int | None, typer.Option(min=1, help="Prompts to sample (default: 4 on a CPU, 48 on a GPU).")]
 Steps = Annotated[int, typer.Option(min=1, help="Steps of the sampler, for calibration and videos.")]
@@ -82,6 +90,7 @@ def _stage_command(last: str) -> Callable[..., None]:
         bits: BitsOption = "w4a8",
         recipe: RecipeOption = "qvdit",
         target: Target = "onnxruntime",
+        weight_only: WeightOnly = False,
         prompts: Prompts = None,
         prompt_count: PromptCount = None,
         steps: Steps = 20,
@@ -105,6 +114,7 @@ def _stage_command(last: str) -> Callable[..., None]:
             bits=bits,
             recipe=recipe,
             target=target,
+            weight_only=weight_only,
             prompts=prompts,
             prompt_count=prompt_count,
             steps=steps,

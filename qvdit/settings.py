@@ -40,12 +40,23 @@ class JobSettings:
     calibration: Path | None = None  # folder of calibration data and statistics, OUT/work/calibration when absent
     videos: int = 3  # sampled by both models for the report
     threads: int = 2
+    weight_only: bool = False  # tensorrt/model.int4.onnx as well
 
 
 def check_target(target: str) -> None:
     """Refuse a target that there is no builder for."""
     if target not in TARGETS:
         raise QvditError(f"--target {target!r}", f"one of {', '.join(TARGETS)}", "check --target")
+
+
+def check_weight_only(settings: JobSettings, recipe: recipes.Recipe) -> None:
+    """Refuse ``--weight-only`` where nothing would come of it, whatever the layers are."""
+    if settings.weight_only and settings.target != "tensorrt":
+        raise QvditError(f"--weight-only with --target {settings.target}", "--target tensorrt", "add it")
+    if settings.weight_only and recipe.kind == "static":
+        raise QvditError(
+            f"--weight-only with recipe {recipe.name}", "4-bit weights", "leave it out, or choose another recipe"
+        )
 
 
 def choose_recipe(settings: JobSettings) -> recipes.Recipe:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 import io
 import os
 import re
@@ -43,9 +44,7 @@ def cuda_session(model: bytes | str, options: onnxruntime.SessionOptions, device
             "pip uninstall onnxruntime, then pip install onnxruntime-gpu",
         )
     Device(index_of(device))  # which says what is wrong with the GPU, if anything is
-    if hasattr(onnxruntime, "preload_dlls"):  # finds the libraries that come with PyTorch
-        with contextlib.redirect_stdout(io.StringIO()):
-            onnxruntime.preload_dlls()
+    _preload(onnxruntime)
     chosen = {
         "device_id": str(index_of(device)),
         "use_tf32": "0",  # float32 means float32
@@ -64,9 +63,21 @@ def cuda_session(model: bytes | str, options: onnxruntime.SessionOptions, device
     return made
 
 
+def _preload(onnxruntime: ModuleType) -> None:
+    """Load the CUDA libraries that come as Python packages, with PyTorch for example, wherever those are."""
+    if not hasattr(onnxruntime, "preload_dlls"):
+        return
+    found = importlib.util.find_spec("nvidia")
+    roots = [Path(root) for root in found.submodule_search_locations or ()] if found else []
+    with contextlib.redirect_stdout(io.StringIO()):
+        onnxruntime.preload_dlls()  # beside onnxruntime, and where the system looks
+        for folder in sorted(folder for root in roots for folder in root.glob("*/lib")):
+            onnxruntime.preload_dlls(directory=str(folder))
+
+
 @contextlib.contextmanager
 def _quiet(onnxruntime: ModuleType) -> Iterator[None]:
-    """What it says about a library that does not load is not the session's to silence; our one line says it too."""
+    """Without its own words about a library that does not load, which a session's options do not reach."""
     if os.environ.get("QVDIT_DEBUG"):
         yield
         return
@@ -78,7 +89,10 @@ def _quiet(onnxruntime: ModuleType) -> Iterator[None]:
 
 
 def _why(onnxruntime: ModuleType) -> str:
-    """Why the provider's library does not load, in the loader's words."""
+    """Why the provider's library did not load, in the loader's words.
+
+    Only for a library that ONNX Runtime could not load: loaded by us first, it would never learn who its host is.
+    """
     folder = Path(onnxruntime.__file__ or "").parent / "capi"
     try:
         for name in _LIBRARIES:
@@ -86,7 +100,7 @@ def _why(onnxruntime: ModuleType) -> str:
         ctypes.CDLL("libcudnn.so.9")  # which it opens when it starts
     except OSError as error:
         return str(error)
-    return "QVDIT_DEBUG=1 shows ONNX Runtime's own messages"
+    return "QVDIT_DEBUG=1 shows what ONNX Runtime says"
 
 
 def refuse_no_room(error: Exception, device: str, what: str) -> None:

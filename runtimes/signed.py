@@ -3,6 +3,9 @@
 A bundle holds the body in uint8 x int8, several times as fast on x86. It is rewritten when the model is loaded: the
 same file, the same weights, and ``x_q``, ``x_zeros`` and ``acc`` under the names they have. Everything unsigned becomes
 itself less 128, which no product notices: x_q - z_x stays what it is.
+
+Frame gains are multiplied over whole frames. Looked up for every row, as the exported body does, ONNX Runtime would
+work them out on the CPU, because they come of a shape, and copy them to the GPU in every layer.
 """
 
 from __future__ import annotations
@@ -47,6 +50,7 @@ class _Signed:
     def __init__(self) -> None:
         self._bytes: set[str] = set()  # names of what was a uint8 constant
         self._zeros: set[str] = set()  # names of what is 0 throughout
+        self._gains: set[str] = set()  # names of each row's frame gain
 
     def rewritten(self, function: onnx.FunctionProto) -> Iterator[onnx.NodeProto]:
         for node in function.node:
@@ -69,6 +73,36 @@ class _Signed:
         if node.input[0] in self._zeros:
             self._zeros.add(node.output[0])
         return [node]
+
+    def _gather(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
+        if node.input[0] == "frame_gain":
+            self._gains.add(node.output[0])
+        return [node]
+
+    def _unsqueeze(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
+        if node.input[0] in self._gains:
+            self._gains.add(node.output[0])
+        return [node]
+
+    def _mul(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
+        """A factor [M, R] times its rows' gains, as [M / (T · P), T, P · R]: row m is of frame (m // P) mod T."""
+        factor, gain = node.input
+        if gain not in self._gains:
+            return [node]
+        (out,) = node.output
+        make = onnx.helper.make_node
+        return [
+            make("Constant", [], [f"{out}_any"], value_ints=[-1]),
+            make("Shape", [factor], [f"{out}_rank"], start=1),
+            make("Mul", ["tokens_per_frame", f"{out}_rank"], [f"{out}_values"]),
+            make("Shape", ["frame_gain"], [f"{out}_frames"]),
+            make("Concat", [f"{out}_any", f"{out}_frames", f"{out}_values"], [f"{out}_by_frame"], axis=0),
+            make("Reshape", [factor, f"{out}_by_frame"], [f"{out}_split"]),
+            make("Unsqueeze", ["frame_gain", f"{out}_any"], [f"{out}_gain"]),
+            make("Mul", [f"{out}_split", f"{out}_gain"], [f"{out}_scaled"]),
+            make("Shape", [factor], [f"{out}_shape"]),
+            make("Reshape", [f"{out}_scaled", f"{out}_shape"], [out]),
+        ]
 
     def _cast(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
         if onnx.helper.get_node_attr_value(node, "to") != TensorProto.UINT8:

@@ -91,7 +91,7 @@ def measure(bundle: Path, baseline: Path | None) -> dict[str, Any]:
         "beside": {name: {"ms": ms, "spread": spread} for name, (ms, spread) in times.items() if name != "ort_cuda"},
         "nodes_on_gpu": places.on_gpu.total(),
         "nodes_on_cpu": dict(places.on_cpu),
-        "floats_on_cpu": places.floats_on_cpu,
+        "large_on_cpu": places.large_on_cpu,
         "copies": dict(places.copies),
         "host_us_by_node": dict(places.microseconds.most_common(20)),
     }

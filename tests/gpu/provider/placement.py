@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ import onnxruntime
 from qvdit.runtimes.onnxruntime_cuda import cuda_session
 from qvdit.runtimes.signed import signed_model
 
+LARGEST = 64  # elements
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -20,7 +23,7 @@ class Placement:
 
     on_gpu: Counter[str]  # by kind of node
     on_cpu: Counter[str]
-    floats_on_cpu: list[str]  # nodes that compute in floating point there
+    large_on_cpu: list[str]  # nodes there with outputs larger than a shape's arithmetic has
     copies: Counter[str]  # between the two
     microseconds: Counter[str]  # by kind of node, as the host sees it
 
@@ -47,7 +50,7 @@ def placement(model: Path, inputs: dict[str, np.ndarray], folder: Path, warm: in
             found.on_gpu[kind] += 1
         else:
             found.on_cpu[kind] += 1
-            types = [name for shape in event["args"].get("output_type_shape", []) for name in shape]
-            if any("float" in name for name in types):
-                found.floats_on_cpu.append(event["name"])
+            shapes = [shape for typed in event["args"].get("output_type_shape", []) for shape in typed.values()]
+            if any(math.prod(shape) > LARGEST for shape in shapes):
+                found.large_on_cpu.append(event["name"])
     return found

@@ -110,12 +110,12 @@ def test_every_bundle_is_proven(bundles: list[Path]) -> None:
         assert 0.9 <= model.error_ratio <= 1.1
 
 
-def test_all_floating_point_is_on_the_gpu(bundles: list[Path], tmp_path: Path) -> None:
+def test_everything_large_is_on_the_gpu(bundles: list[Path], tmp_path: Path) -> None:
     """The CPU works out shapes, as ONNX Runtime always lets it; every product and every activation is on the GPU."""
     for bundle in bundles:
         found = placement(bundle / ORT_MODEL, load_reference(bundle).inputs, tmp_path)
         print(bundle.name, found)
-        assert not found.floats_on_cpu
+        assert not found.large_on_cpu
         assert found.on_gpu.total() > 100
         assert not set(found.on_cpu) & {"MatMulInteger", "QuantizeLinear", "DequantizeLinear", "MatMul", "Gemm"}
 
@@ -154,10 +154,17 @@ def test_a_gpu_that_is_not_there(bundles: list[Path]) -> None:
 
 
 def test_more_than_the_gpu_holds(bundles: list[Path]) -> None:
+    import torch
+
     saved = load_reference(bundles[0])
     with OnnxRuntimeSession(bundles[0] / ORT_MODEL, device="cuda") as session:
-        many = {name: np.repeat(value, 16384 // len(value), 0) for name, value in saved.inputs.items()}
+        session.infer(saved.inputs)
+        free, _ = torch.cuda.mem_get_info()
+        taken = torch.empty(free - (1 << 29), dtype=torch.uint8, device="cuda")
+        many = {name: np.repeat(value, 64, 0) for name, value in saved.inputs.items()}
         with pytest.raises(OutOfMemoryError) as caught:
             session.infer(many)
         assert "\n" not in str(caught.value)
+        del taken
+        torch.cuda.empty_cache()
         assert relative_error(session.infer(saved.inputs), saved.quantized) < 0.3

@@ -225,7 +225,8 @@ def plugin_creator(trt: Any, name: str, version: str) -> Any:
 
 def device_memory(engine: Any) -> int:
     """Bytes of scratch memory that a context needs, weights aside."""
-    return int(getattr(engine, "device_memory_size_v2", None) or engine.device_memory_size)
+    newer = hasattr(engine, "device_memory_size_v2")  # from 10.1 on; 11 has no other
+    return int(engine.device_memory_size_v2 if newer else engine.device_memory_size)
 
 
 def error_node(error: Any) -> str:

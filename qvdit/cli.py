@@ -37,13 +37,23 @@ Out = Annotated[Path, typer.Option(help="The bundle's folder. Finished stages in
 BitsOption = Annotated[str, typer.Option(help=_BITS)]
 RecipeOption = Annotated[str, typer.Option(help="The method: a name that `qvdit doctor` lists, or a YAML file.")]
 Target = Annotated[str, typer.Option(help="What the bundle is for: onnxruntime, or tensorrt.")]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        help="The machine that a TensorRT bundle is for: orin, thor or local. OUT/edge is then a folder to copy to it, "
+        "which needs no PyTorch there."
+    ),
+]
+JetPack = Annotated[
+    str | None, typer.Option(help="A Jetson's software: 6.0, 6.1 or 6.2 for orin, 7.0 for thor (default: newest).")
+]
 Prompts = Annotated[Path | None, typer.Option(help="Text file of calibration prompts, one a line (default: shipped).")]
 PromptCount = Annotated[int | None, typer.Option(min=1, help="Prompts to sample (default: 4 on a CPU, 48 on a GPU).")]
 Steps = Annotated[int, typer.Option(min=1, help="Steps of the sampler, for calibration and videos.")]
 Records = Annotated[int, typer.Option(min=1, help="Steps recorded of each calibration trajectory.")]
 Guidance = Annotated[float, typer.Option(help="Classifier-free guidance scale.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="The same seed gives the same bytes, on a CPU.")]
-Device = Annotated[str, typer.Option(help="Where calibration and distillation run: auto, cpu or cuda.")]
+Compute = Annotated[str, typer.Option(help="Where calibration and distillation run: auto, cpu or cuda.")]
 DistillSteps = Annotated[
     int | None, typer.Option(min=0, help="Distillation budget; 0 is none (default: the recipe's, 0 on a CPU).")
 ]
@@ -82,13 +92,15 @@ def _stage_command(last: str) -> Callable[..., None]:
         bits: BitsOption = "w4a8",
         recipe: RecipeOption = "qvdit",
         target: Target = "onnxruntime",
+        device: Device = None,
+        jetpack: JetPack = None,
         prompts: Prompts = None,
         prompt_count: PromptCount = None,
         steps: Steps = 20,
         records: Records = 8,
         guidance: Guidance = 2.5,
         seed: Seed = 0,
-        device: Device = "auto",
+        compute: Compute = "auto",
         distill_steps: DistillSteps = None,
         rank: Rank = None,
         layer_bits: LayerBits = None,
@@ -105,13 +117,15 @@ def _stage_command(last: str) -> Callable[..., None]:
             bits=bits,
             recipe=recipe,
             target=target,
+            device=device,
+            jetpack=jetpack,
             prompts=prompts,
             prompt_count=prompt_count,
             steps=steps,
             records=records,
             guidance=guidance,
             seed=seed,
-            device=device,
+            compute=compute,
             distillation_steps=distill_steps,
             rank=rank,
             layer_bits=_layer_bits(layer_bits or []),
@@ -282,7 +296,7 @@ def doctor() -> None:
 
     from qvdit.method import recipe as recipes
     from qvdit.runtimes.onnxruntime import saturates
-    from qvdit.system import missing_for_tensorrt, tool_versions
+    from qvdit.system import edge_tools, missing_for_tensorrt, tool_versions
 
     for name, version in tool_versions().items():
         console.print(f"{name} {version}")
@@ -296,6 +310,8 @@ def doctor() -> None:
     console.print(
         f"tensorrt target: {'ready' if missing is None else f'no engine can be built here: {missing}'}", soft_wrap=True
     )
+    for device, tools in edge_tools().items():
+        _say_line(f"plugin for {device}: {tools}")
 
 
 @app.command()
@@ -322,7 +338,7 @@ def compare(
     steps: Steps = 20,
     records: Records = 10,
     guidance: Guidance = 2.5,
-    device: Device = "auto",
+    compute: Compute = "auto",
     distill_steps: Annotated[
         int | None,
         typer.Option(min=0, help="Budget of every recipe that trains (default: 1000 on a GPU, 0 on a CPU)."),
@@ -338,6 +354,9 @@ def compare(
         float | None,
         typer.Option(min=0, help="Start no cell that would end later; the same command goes on (default: no limit)."),
     ] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Processes that share the work, taking turns over the GPUs that are visible.")
+    ] = 1,
     cells: Annotated[
         Path | None, typer.Option(help="Folder of finished cells, to be read and added to (default: OUT/cells).")
     ] = None,
@@ -359,14 +378,14 @@ def compare(
     qvdit compare --minutes 25 --out out/table
 
     Every cell is saved as it is done, and the same command goes on with those that are missing, the most telling first.
-    Started several times, on one GPU or with CUDA_VISIBLE_DEVICES on several, the processes share the work. Cells are
-    small files: copy OUT/cells of several machines into one folder, and
+    One process leaves a GPU idle most of the time: --processes 7 keeps one busy, 14 keep two. Commands started several
+    times share the work, too. Cells are small files: copy OUT/cells of several machines into one folder, and
 
     qvdit compare --render --out out/table
 
     writes their table without a GPU. Cells of other settings do not mix: the table says how many it leaves out.
     """
-    from qvdit.compare import display, job
+    from qvdit.compare import display, job, workers
     from qvdit.compare.settings import CompareSettings
 
     settings = CompareSettings(
@@ -380,7 +399,7 @@ def compare(
         steps=steps,
         records=records,
         guidance=guidance,
-        device=device,
+        compute=compute,
         distillation_steps=distill_steps,
         distillation_batch=distill_batch,
         learning_rates=learning_rates,
@@ -390,6 +409,8 @@ def compare(
     with _going_on(), display.bars(errors) as watch:
         if render:
             outcome, found = None, job.render(places, watch)
+        elif processes > 1:
+            outcome, found = workers.run(settings, places, watch, command, minutes, processes)
         else:
             outcome, found = job.run(settings, places, watch, command, minutes)
     if found:
@@ -452,7 +473,10 @@ def _say_result(job: Job, last: str) -> None:
         console.print(f"look at {out / 'report.html'}", soft_wrap=True)
     else:
         console.print(f"done up to {last} in {out}; qvdit-export with the same options finishes it", soft_wrap=True)
-    if job.settings.target == "tensorrt" and last in ("export", "quality"):
+    if job.edge_device is not None:
+        if last == "quality":
+            _say_edge(job)
+    elif job.settings.target == "tensorrt" and last in ("export", "quality"):
         _build_engine(job)
 
 
@@ -476,6 +500,22 @@ def _say_report(report: dict[str, Any]) -> None:
             f"quality  {quality['videos']} videos: PSNR {quality['psnr_db']:.1f} dB, "
             f"scene consistency {full:.3f} → {low:.3f}"
         )
+
+
+def _say_edge(job: Job) -> None:
+    """Where the device's folder is, and whether it brings a compiled plugin."""
+    from qvdit.contract.bundle import DEVICE, EDGE, SAMPLING_PLAN
+
+    folder = job.out / EDGE
+    about = json.loads((folder / DEVICE).read_text())
+    jetpack = f", JetPack {about['jetpack']}, TensorRT {about['tensorrt']}" if about["jetpack"] else ""
+    _say_line(f"edge     {folder} for {about['title']}{jetpack}: copy it there and run ./build.sh in it")
+    if about["plugin"]:
+        _say_line(f"         with the plugin compiled by {about['plugin']}")
+    if about["missing"]:
+        _say_line(f"         without a compiled plugin ({about['missing']}): build.sh compiles it on the device")
+    if not (folder / SAMPLING_PLAN).is_file():
+        _say_line("         without a sampling plan: only pipelines like the shipped models' can be put into numbers")
 
 
 def _build_engine(job: Job) -> None:

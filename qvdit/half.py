@@ -29,11 +29,11 @@ def run_half(bundle: Path, device: str = "cuda") -> ModelParity:
     return compare_models(output, saved.quantized, saved.full)
 
 
-def infer(model: torch.nn.Module, inputs: dict[str, np.ndarray]) -> np.ndarray:
+def infer(model: torch.nn.Module, inputs: dict[str, np.ndarray], dtype: torch.dtype = torch.float16) -> np.ndarray:
     """A drop-in on numpy arrays, as a session takes and gives them: float32. Time steps are not rounded."""
     device = next(model.parameters()).device
     tensors = {
-        name: torch.from_numpy(np.ascontiguousarray(value)).to(device, None if name == "timestep" else torch.float16)
+        name: torch.from_numpy(np.ascontiguousarray(value)).to(device, None if name == "timestep" else dtype)
         for name, value in inputs.items()
     }
     return model(**tensors, return_dict=False)[0].float().cpu().numpy()

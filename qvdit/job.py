@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fnmatch
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import date
@@ -14,8 +15,10 @@ from typing import Any
 
 import torch
 
+import qvdit.runtimes
 from qvdit.contract import Bits, QvditError, checkpoint
 from qvdit.contract.bundle import (
+    EDGE,
     KEPT_WEIGHTS,
     MANIFEST,
     ORT_MODEL,
@@ -34,12 +37,13 @@ from qvdit.contract.kernels import unserved_shape
 from qvdit.contract.layer import Layer, WeightSize, group_size
 from qvdit.method import calibration, quantization, statistics
 from qvdit.method.calibration import Progress, no_progress
-from qvdit.models.loading import SourceModel, find_model
+from qvdit.models.loading import WORLD_PIPELINE, SourceModel, find_model
 from qvdit.settings import (
     JobSettings,
     calibration_plan,
     check_target,
-    choose_device,
+    choose_compute,
+    choose_edge,
     choose_recipe,
     quality_trial,
 )
@@ -66,8 +70,9 @@ class Job:
         self.bits = Bits.parse(settings.bits)
         self.recipe = choose_recipe(settings)
         check_target(settings.target)
+        self.edge_device = choose_edge(settings)
         quantization.check_bits(self.recipe, self.bits)
-        self.device = choose_device(settings.device)
+        self.device = choose_compute(settings.compute)
         self.source: SourceModel = find_model(settings.model)
         self.plan = calibration_plan(settings, self.source, self.device)
         self.trial = quality_trial(settings)
@@ -122,6 +127,9 @@ class Job:
         for name in STAGES[: STAGES.index(last) + 1]:
             with self.observe(name) as progress:
                 getattr(self, name)(progress)
+        if last == STAGES[-1] and self.edge_device:
+            with self.observe("edge") as progress:
+                self.edge(progress)
 
     def calibrate(self, progress: Progress) -> None:
         """Sample the full-precision model and record its inputs."""
@@ -264,6 +272,59 @@ class Job:
         self.stages.run("quality", key, lambda: [path, videos], work)
         self.report()
 
+    def edge(self, progress: Progress) -> None:
+        """Write the folder that is copied to the device: needs every other stage, and is none of the report."""
+        from qvdit.export.cross import MissingToolError
+        from qvdit.export.edge import EdgeContents, export_edge, source_files
+
+        assert self.edge_device is not None
+        folder, sources = self.out / EDGE, Path(qvdit.runtimes.__file__).parent / "csrc"
+        tools = self._edge_tools()
+
+        def work() -> None:
+            contents = EdgeContents(self.edge_device, sources, tools, self._sampling_plan())
+            export_edge(self.out, contents, folder)
+
+        stages = [self.stages.result(name) for name in ("export", "parity", "quality")]
+        made_of = [str(tools) if isinstance(tools, MissingToolError) else repr(tools), repr(self.edge_device)]
+        held = [sha256(sources / name) for name in source_files(sources)]
+        self.stages.run(
+            "edge", [stages, made_of, held], lambda: [path for path in folder.rglob("*") if path.is_file()], work
+        )
+
+    def _edge_tools(self) -> Any:
+        """What compiles the plugin for the device; why nothing does; None where the model has no use for it."""
+        from qvdit.export.cross import MissingToolError, find_toolchain
+
+        if self.recipe.kind == "static":
+            return None
+        gpu = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+        own = "".join(map(str, gpu)) if gpu else None
+        try:
+            return find_toolchain(
+                self.edge_device, {"90": "90a", "100": "100a"}.get(own or "", own), platform.machine()
+            )
+        except MissingToolError as reason:
+            return reason
+
+    def _sampling_plan(self) -> Any:
+        """The report's first video as numbers; None where the pipeline is not the drawn world's."""
+        from safetensors.torch import load_file
+
+        from qvdit.export.plan import plan_sampling
+
+        if self.source.pipeline != WORLD_PIPELINE:
+            return None
+        trial = self.trial
+        first = load_file(self.work / "videos.safetensors")["quantized"][:1].numpy()
+        return plan_sampling(
+            self.pipeline,
+            lambda pipe: calibration.sample(pipe, [trial.prompts[0]], trial.steps, trial.guidance, [trial.seeds[0]]),
+            trial.guidance,
+            clamp=True,
+            reference=first,
+        )
+
     # The report ------------------------------------------------------------------------------------------------------
 
     def report(self) -> dict[str, Any]:
@@ -352,6 +413,7 @@ class Job:
         models = (QDQ_MODEL, ORT_MODEL, TENSORRT_MODEL, TENSORRT_LAYERS)
         for name in (*stale, *models, *(f"{model}.data" for model in models)):
             (self.out / name).unlink(missing_ok=True)
+        (self.out / EDGE / MANIFEST).unlink(missing_ok=True)
 
     def _kept_layers(self) -> bool:
         return len(self.layers) < len(self.sites)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from qvdit.contract import QvditError
+from qvdit.export.devices import EdgeDevice, find_device
 from qvdit.method import recipe as recipes
 from qvdit.method.calibration import CalibrationPlan, read_prompts
 from qvdit.models.loading import WORLD_PIPELINE, SourceModel
@@ -27,13 +28,15 @@ class JobSettings:
     bits: str = "w4a8"
     recipe: str = "qvdit"
     target: str = "onnxruntime"
+    device: str | None = None  # the machine that the bundle is for: orin, thor or local
+    jetpack: str | None = None  # its software, where it is a Jetson; the newest known one when absent
     prompts: Path | None = None  # a text file; the shipped prompts of the reference world when absent
     prompt_count: int | None = None  # how many of them to sample; by device when absent
     steps: int = 20
     records: int = 8
     guidance: float = 2.5
     seed: int = 0
-    device: str = "auto"
+    compute: str = "auto"  # where calibration and distillation run
     distillation_steps: int | None = None
     rank: int | None = None
     layer_bits: dict[str, int] = field(default_factory=dict)
@@ -46,6 +49,22 @@ def check_target(target: str) -> None:
     """Refuse a target that there is no builder for."""
     if target not in TARGETS:
         raise QvditError(f"--target {target!r}", f"one of {', '.join(TARGETS)}", "check --target")
+
+
+def choose_edge(settings: JobSettings) -> EdgeDevice | None:
+    """The machine that the bundle is for, where the user names one."""
+    if settings.device is None:
+        if settings.jetpack is not None:
+            raise QvditError(
+                f"--jetpack {settings.jetpack} without --device", "--device orin or thor", "name the device"
+            )
+        return None
+    device = find_device(settings.device, settings.jetpack)
+    if settings.target != "tensorrt":
+        raise QvditError(
+            f"--device {device.name} with --target {settings.target}", "--target tensorrt", "leave out one of them"
+        )
+    return device
 
 
 def choose_recipe(settings: JobSettings) -> recipes.Recipe:
@@ -110,12 +129,12 @@ def shipped_prompts() -> Path:
     return Path(qvdit.calib_data.__file__).parent / "shapes.txt"
 
 
-def choose_device(name: str) -> str:
+def choose_compute(name: str) -> str:
     """``auto``, ``cpu`` or ``cuda`` → the device that calibration and distillation run on."""
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cpu", "cuda"):
-        raise QvditError(f"--device {name!r}", "auto, cpu or cuda", "check --device")
+        raise QvditError(f"--compute {name!r}", "auto, cpu or cuda", "check --compute")
     if name == "cuda" and not torch.cuda.is_available():
-        raise QvditError("--device cuda", "a GPU that PyTorch can see", "use --device cpu, or install a CUDA build")
+        raise QvditError("--compute cuda", "a GPU that PyTorch can see", "use --compute cpu, or install a CUDA build")
     return name

@@ -49,6 +49,21 @@ def missing_for_tensorrt(with_plugin: bool = True) -> str | None:
     return None
 
 
+def edge_tools() -> dict[str, str]:
+    """What compiles the plugin for each Jetson here, or why nothing does: it goes along as sources then."""
+    from qvdit.export.cross import MissingToolError, find_toolchain
+    from qvdit.export.devices import find_device
+
+    found = {}
+    for device in map(find_device, ("orin", "thor")):
+        try:
+            tools = find_toolchain(device, None, platform.machine()).describe()
+        except MissingToolError as reason:
+            tools = f"not compiled here: {reason}"
+        found[f"{device.title}, JetPack {device.jetpack}"] = tools
+    return found
+
+
 def _version(name: str) -> str | None:
     try:
         return version(name)

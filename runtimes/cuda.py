@@ -14,7 +14,7 @@ from pathlib import Path
 
 from qvdit.contract import QvditError
 
-ABI = 3  # QVDIT_ABI
+ABI = 4  # QVDIT_ABI
 STORED_ZERO = 128  # asymmetric x_q and z_x are stored less this, to fit int8
 
 VARIABLE = "QVDIT_KERNELS"  # names the library's file
@@ -57,7 +57,7 @@ class Tile(IntEnum):
     MMA_128X128 = 1
     MMA_128X256 = 2
     WGMMA_128X128 = 3
-    WGMMA_128X256 = 4
+    WGMMA_128X192 = 4
 
 
 _POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float

@@ -162,7 +162,7 @@ def make_job(wan_folder: Path) -> Callable[..., Any]:
         from qvdit.job import Job, unobserved
         from qvdit.settings import JobSettings
 
-        small = {"prompt_count": 2, "steps": 2, "records": 2, "videos": 1, "device": "cpu", "threads": 1}
+        small = {"prompt_count": 2, "steps": 2, "records": 2, "videos": 1, "compute": "cpu", "threads": 1}
         return Job(JobSettings(**{"model": str(wan_folder), "out": out, **small, **settings}), observe or unobserved)
 
     return make

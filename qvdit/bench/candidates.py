@@ -134,7 +134,7 @@ def _peers(shape: Shape, xs: list[torch.Tensor], ours: LowBit) -> Iterator[Candi
 
 
 def _products(shape: Shape, xs: list[torch.Tensor], ours: LowBit, tiles: bool) -> Iterator[Candidate]:
-    """The GEMM alone, on what is quantized and unpacked already; CUTLASS's with scales and nothing else."""
+    """The GEMM alone, on what is quantized and unpacked already; with scales and nothing else, by CUTLASS's tiles."""
     few = shape.m >= _MANY_ROWS
     y = torch.empty(shape.m, shape.n, dtype=torch.bfloat16, device=xs[0].device)
     rows = {rank: [ours.quantize(x, rank) for x in xs] for rank in ((1,) if few else (0, 1, 4))}

@@ -32,6 +32,7 @@ Stage = Callable[[str, int, int], None]
 """Called with the name of what is being done, how much of it is done and how much there is."""
 
 SEED = 0  # of calibration and training: they happen once
+_TOGETHER = {"cpu": 1, "cuda": 32}  # prompts of calibration in a forward pass: alone, one leaves a GPU waiting
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,14 @@ class Bench:
         plan = replace(self.terms.calibration, source=self.model.sampling)
         folder = self.folder / "calibration"
         with held(folder):
-            return calibration.record(self.pipeline, self.model.adapter, plan, folder, self._progress("calibration"))
+            return calibration.record(
+                self.pipeline,
+                self.model.adapter,
+                plan,
+                folder,
+                self._progress("calibration"),
+                together=_TOGETHER[self.device],
+            )
 
     @property
     def data(self) -> CalibrationData:
@@ -92,7 +100,9 @@ class Bench:
         path = self.folder / "statistics.safetensors"
         data = self.data
         with held(path):
-            return statistics.collect(self.full, self.sites, data, path, self._progress("statistics"))
+            return statistics.collect(
+                self.full, self.sites, data, path, self._progress("statistics"), _TOGETHER[self.device]
+            )
 
     @cached_property
     def reference(self) -> torch.Tensor:
@@ -122,21 +132,27 @@ class Bench:
         job = quantization.QuantizationJob(recipe, bits, steps, SEED)
         layers = quantization.quantize(self.full, self.model.adapter, stats, data, job, progress)
         seconds = time.monotonic() - started
-        return Quantized(layers, seconds, torch.cuda.max_memory_allocated() if gpu else None)
+        peak = torch.cuda.max_memory_allocated() if gpu else None
+        self._release()
+        return Quantized(layers, seconds, peak)
 
     @torch.no_grad()
     def held_out_error(self, layers: tuple[Layer, ...]) -> float:
         """Mean squared error of the quantized model's prediction to full precision's, on held-out records."""
-        model = sampling.quantized_transformer(self.full, layers, self.model.adapter)
-        errors = []
-        for shard, path in enumerate(self.held_out.shards):
-            self.stage("held-out error", shard, len(self.held_out.shards))
-            for batch in CalibrationData((path,)).batches():
+        model = sampling.quantized_transformer(self.full, layers, self.model.adapter, compiled=False)
+        together, shards = _TOGETHER[self.device], self.held_out.shards
+        total = 0.0
+        for start in range(0, len(shards), together):
+            self.stage("held-out error", start, len(shards))
+            some = shards[start : start + together]
+            errors = []
+            for batch in CalibrationData(some).batches(together):
                 inputs = {name: tensor.to(self.device) for name, tensor in batch.items()}
                 with sampling.arithmetic(self.device):
                     target, found = (m(**inputs, return_dict=False)[0].float() for m in (self.full, model))
-                errors.append((found - target).square().mean().item())
-        return sum(errors) / len(errors)
+                errors.append((found - target).square().mean())
+            total += len(some) * torch.stack(errors).mean().item()
+        return total / len(shards)
 
     def sample(self, layers: tuple[Layer, ...]) -> torch.Tensor:
         """The quantized model's videos of the trial, as :attr:`reference`."""
@@ -164,7 +180,14 @@ class Bench:
             return None
 
     def _sample(self, stage: str) -> torch.Tensor:
-        return sampling.sample(self.pipeline, self.terms.trial, self.batch, self.device, self._progress(stage))
+        videos = sampling.sample(self.pipeline, self.terms.trial, self.batch, self.device, self._progress(stage))
+        self._release()
+        return videos
+
+    def _release(self) -> None:
+        """Give a GPU's unused memory back: other processes of the comparison want it."""
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
 
     @contextmanager
     def _installed(self, layers: tuple[Layer, ...]) -> Iterator[None]:

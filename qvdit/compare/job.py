@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from qvdit.compare import results
 from qvdit.compare.bench import Bench
 from qvdit.compare.fill import Filling, Outcome, Watch
+from qvdit.compare.plan import Task, Terms
 from qvdit.compare.settings import CompareSettings, recipes_with_layer_bits
 from qvdit.compare.sharing import held
 from qvdit.compare.store import Store
@@ -43,6 +45,14 @@ def run(
     settings: CompareSettings, places: Places, watch: Watch, command: str, minutes: float | None = None
 ) -> tuple[Outcome, list[Cell]]:
     """Measure what is missing, for ``minutes`` at most, and write the table of what is there."""
+    outcome = fill(settings, places, watch, command, minutes)
+    return outcome, write(settings, places, Store(places.store, watch.say), outcome)
+
+
+def fill(
+    settings: CompareSettings, places: Places, watch: Watch, command: str, minutes: float | None = None
+) -> Outcome:
+    """Measure what is missing, for ``minutes`` at most."""
     terms, tasks, device = settings.terms, settings.tasks(), settings.chosen_device
     for name in recipes_with_layer_bits(settings.chosen_recipes):
         watch.say(f"{name}: its own layer bits are not used, the regime says what every layer has")
@@ -58,11 +68,20 @@ def run(
 
     store = Store(places.store, watch.say)
     origin = {"device": _device_name(device), "command": command, "versions": tool_versions()}
-    outcome = Filling(terms, store, bench, watch, origin).run(tasks, minutes)
+    return Filling(terms, store, bench, watch, origin).run(tasks, minutes)
+
+
+def write(settings: CompareSettings, places: Places, store: Store, outcome: Outcome) -> list[Cell]:
+    """Write the table of the cells that are there; nothing where there are none."""
     if not outcome.measured:
-        return outcome, []
+        return []
     with held(places.out / "table.md"):
-        return outcome, results.write(store, places.out, terms, tasks)
+        return results.write(store, places.out, settings.terms, settings.tasks())
+
+
+def measured(store: Store, tasks: Sequence[Task], terms: Terms) -> int:
+    """How many of the cells are there."""
+    return sum(store.has(task, terms) for task in tasks)
 
 
 def render(places: Places, watch: Watch) -> list[Cell]:

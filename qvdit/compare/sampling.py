@@ -17,16 +17,20 @@ from qvdit.models import ModelAdapter
 from qvdit.quality import Trial, sample_trial
 
 
-def quantized_transformer(full: torch.nn.Module, layers: tuple[Layer, ...], adapter: ModelAdapter) -> Any:
+def quantized_transformer(
+    full: torch.nn.Module, layers: tuple[Layer, ...], adapter: ModelAdapter, compiled: bool = True
+) -> Any:
     """A transformer with frozen layers to sample with; the full-precision one is left as it is.
 
     Every quantized transformer of a comparison comes from here. Under :func:`arithmetic` it yields the reference's
-    integers: they are exact in TF32, whose products have more bits than any two of them.
+    integers: they are exact in TF32, whose products have more bits than any two of them. A few passes are not worth
+    compiling.
     """
     model = reference.quantized_transformer(full, layers)
     frozen = {name: module for name, module in model.named_modules() if isinstance(module, FrozenLinear)}
     replace_linears(model, {name: _WithoutAutocast(module) for name, module in frozen.items()})
-    compile_blocks(model, adapter)
+    if compiled:
+        compile_blocks(model, adapter)
     return model
 
 

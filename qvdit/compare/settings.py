@@ -15,7 +15,7 @@ from qvdit.method.calibration import read_prompts
 from qvdit.method.recipe import Recipe
 from qvdit.models.loading import SHIPPED, SourceModel, find_model
 from qvdit.quality import Trial
-from qvdit.settings import JobSettings, calibration_plan, choose_device, shipped_prompts
+from qvdit.settings import JobSettings, calibration_plan, choose_compute, shipped_prompts
 
 ALL = "all"
 _TRIAL_SEED = 2026  # of the first seed's prompts and noise; calibration draws with other seeds
@@ -37,7 +37,7 @@ class CompareSettings:
     steps: int = 20
     records: int = 10
     guidance: float = 2.5
-    device: str = "auto"
+    compute: str = "auto"
     distillation_steps: int | None = None
     distillation_batch: int = 32
     learning_rates: str = "2e-4,5e-4,1e-3"
@@ -46,7 +46,7 @@ class CompareSettings:
     @cached_property
     def chosen_device(self) -> str:
         """cpu or cuda."""
-        return choose_device(self.device)
+        return choose_compute(self.compute)
 
     @cached_property
     def chosen_models(self) -> list[SourceModel]:

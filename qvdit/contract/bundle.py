@@ -18,6 +18,9 @@ TENSORRT_MODEL = "tensorrt/model.onnx"
 TENSORRT_LAYERS = "tensorrt/layers.onnx"  # every layer with its integers in view, for the engine's parity check
 ENGINE, ENGINE_FACTS = "tensorrt/model.plan", "tensorrt/engine.json"  # built on the device that it runs on
 ENGINE_PARITY = "tensorrt/parity.json"
+PLUGIN = "tensorrt/libqvdit_tensorrt.so"  # compiled for the device that the bundle is for
+SAMPLING_PLAN = "sample/plan.safetensors"  # one video's sampling, for a device without PyTorch
+EDGE, DEVICE = "edge", "device.json"  # the folder to copy to a device, and in it which one
 PARITY_INPUTS, PARITY_REFERENCE = "parity/inputs.safetensors", "parity/reference.safetensors"
 PARITY_HALF = "parity/half.safetensors"  # PyTorch's FP16 run on a GPU, where one was made; not in the manifest
 

@@ -1,7 +1,8 @@
 """The quantized checkpoint: ``quantized/config.json`` and ``quantized/model.safetensors``.
 
-The safetensors file holds the quantized linears alone, weights in the canonical packing; embeddings, norms and whatever
-else stays in full precision is the source model's, and in a bundle beside it (``qvdit.models.kept``).
+The safetensors file holds the quantized linears alone, weights in the canonical packing, a rotation's signs in a bit
+each; embeddings, norms and whatever else stays in full precision is the source model's, and in a bundle beside it
+(``qvdit.models.kept``).
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from safetensors.numpy import load_file, save_file
 from qvdit.contract import packing
 from qvdit.contract.errors import QvditError
 from qvdit.contract.files import read_json, write_atomic, write_json
-from qvdit.contract.layer import FrameRows, Layer, LowBitLayer, StaticInt8Layer, arrays
+from qvdit.contract.layer import FrameRows, Layer, LowBitLayer, StaticInt8Layer, are_signs, arrays
 
-FORMAT = 2
+FORMAT = 3
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+_SIGNS = "signs"  # in the place of an inv_smooth that is nothing else
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ def save(checkpoint: QuantizedCheckpoint, folder: Path) -> None:
         for field, value in arrays(layer).items():
             if field == "weight_q":
                 value = packing.pack(value, layer.weight_bits, getattr(layer, "weight_zero", None))
+            elif field == "inv_smooth" and isinstance(layer, LowBitLayer) and are_signs(value):
+                field, value = _SIGNS, packing.pack_signs(value)
             tensors[f"{layer.name}:{field}"] = np.asarray(value, order="C")
         described.append(_describe(layer))
     (folder / CONFIG).unlink(missing_ok=True)
@@ -89,6 +93,8 @@ def _restore(described: dict[str, Any], tensors: dict[str, np.ndarray]) -> Layer
     static = described["kind"] == StaticInt8Layer.kind
     bits = 8 if static else described["weight_bits"]
     held["weight_q"] = packing.unpack(held["weight_q"], bits, described["k"])
+    if _SIGNS in held:
+        held["inv_smooth"] = packing.unpack_signs(held.pop(_SIGNS), described["k"])
     if static:
         return StaticInt8Layer(name=name, **held)
     return LowBitLayer(

@@ -39,6 +39,11 @@ def rotation_block(k: int) -> int:
     return block if block > 1 else 0
 
 
+def are_signs(inv_smooth: np.ndarray) -> bool:
+    """Whether an inv_smooth [K] is a rotation's random signs alone: they are stored in a bit each."""
+    return bool((np.abs(inv_smooth) == 1).all())
+
+
 class FrameRows(str, Enum):
     """How the rows of a layer's input [..., L, K] relate to frames: row m is of frame (m // P) mod T."""
 
@@ -112,8 +117,12 @@ class LowBitLayer:
     def stored_bits(self) -> int:
         """Bits of everything stored for the layer, padding included, bias aside."""
         zero = 0 if self.weight_zero is None else 8 * self.weight_zero.size
-        others = (self.weight_scale, self.inv_smooth, self.alpha, self.beta, self.frame_gain)
-        return padded_size(self.shape) * self.weight_bits + zero + sum(8 * a.nbytes for a in others if a is not None)
+        smooth = 0
+        if self.inv_smooth is not None:
+            smooth = -(-self.shape[1] // 8) * 8 if are_signs(self.inv_smooth) else 32 * self.shape[1]
+        others = (self.weight_scale, self.alpha, self.beta, self.frame_gain)
+        more = zero + smooth + sum(8 * a.nbytes for a in others if a is not None)
+        return padded_size(self.shape) * self.weight_bits + more
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,18 @@ def pack(weight_q: np.ndarray, bits: int, zero: np.ndarray | None = None) -> np.
     return words
 
 
+def pack_signs(signs: np.ndarray) -> np.ndarray:
+    """float32 [K] of 1 and -1 → uint8 [K/8 rounded up]: bit i mod 8 of byte i / 8 says that value i is negative."""
+    return np.packbits(signs < 0, bitorder="little")
+
+
+def unpack_signs(packed: np.ndarray, k: int) -> np.ndarray:
+    """The inverse of :func:`pack_signs`: float32 [k]."""
+    if packed.shape != (-(-k // 8),):
+        raise ValueError(f"signs of {k} features in {packed.shape} bytes")
+    return 1 - 2 * np.unpackbits(packed, count=k, bitorder="little").astype(np.float32)
+
+
 def unpack(words: np.ndarray, bits: int, k: int) -> np.ndarray:
     """The inverse of :func:`pack`: uint32 [N, b·K_pad/32] → int8 [N, k]."""
     n = words.shape[0]

@@ -32,10 +32,11 @@ def compile_blocks(model: torch.nn.Module, adapter: ModelAdapter) -> None:
     """Compile a model's transformer blocks in place, on a GPU only.
 
     Block by block, because blocks of one kind share their compiled code, and so do those of the next model of the same
-    recipe: a whole model would be compiled anew each time.
+    recipe: a whole model would be compiled anew each time. A batch of another size is compiled for itself: left to it,
+    PyTorch would make later sizes one that varies, with slower code that no other process has in its cache.
     """
     if next(model.parameters()).device.type != "cuda":
         return
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILATIONS)
     for block in adapter.blocks(model):
-        block.compile()
+        block.compile(dynamic=False)

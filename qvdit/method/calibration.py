@@ -63,17 +63,21 @@ class CalibrationData:
 
     shards: tuple[Path, ...]
 
-    def by_step(self) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-        """All records shard by shard, a batch for each recorded step, with the step's index in the trajectory."""
-        for shard in self.shards:
-            tensors = load_file(shard)
-            step = tensors.pop("step")
-            for value in step.unique():
-                yield int(value), {name: tensor[step == value] for name, tensor in tensors.items()}
+    def by_step(self, together: int = 1) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
+        """All records shard by shard, a batch for each recorded step, with the step's index in the trajectory.
 
-    def batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        """All records shard by shard, a batch for each recorded step; every step weighs the same."""
-        return (batch for _, batch in self.by_step())
+        ``together``: how many shards, of equal shapes, share a batch, one after the other in it.
+        """
+        for start in range(0, len(self.shards), together):
+            loaded = [load_file(shard) for shard in self.shards[start : start + together]]
+            for value in loaded[0]["step"].unique():
+                chosen = [{name: tensor[shard["step"] == value] for name, tensor in shard.items()} for shard in loaded]
+                names = [name for name in loaded[0] if name != "step"]
+                yield int(value), {name: torch.cat([shard[name] for shard in chosen]) for name in names}
+
+    def batches(self, together: int = 1) -> Iterator[dict[str, torch.Tensor]]:
+        """As :meth:`by_step`, without the step; every step weighs the same."""
+        return (batch for _, batch in self.by_step(together))
 
     def groups(self) -> list[dict[str, torch.Tensor]]:
         """All records on the CPU, those of equal shapes in one batch: prompts may differ in length."""
@@ -107,28 +111,29 @@ def record(
     folder: Path,
     progress: Progress = no_progress,
     overwrite: bool = True,
+    together: int = 1,
 ) -> CalibrationData:
     """Sample the prompts that have no shard in ``folder`` yet, and return all shards of the plan.
 
-    Shards of another plan or model are replaced, or, without ``overwrite``, refused.
+    Shards of another plan or model are replaced, or, without ``overwrite``, refused. ``together``: how many prompts are
+    sampled in one batch, by a pipeline that then gives each what it gives it alone, but for float32 rounding.
     """
-    shards = []
-    for index, prompt in enumerate(plan.prompts):
-        shard = shard_path(folder, index)
-        progress(index, len(plan.prompts))
-        identity = plan.identity(index)
-        if not _matches(shard, identity):
-            if shard.exists() and not overwrite:
-                raise QvditError(
-                    f"--calibration with {shard}, recorded from another model or with other settings",
-                    "calibration data of this job",
-                    "choose another folder, or the settings it was made with",
-                )
-            tensors = _record_one(pipeline, adapter, plan, prompt, plan.seed + index)
-            _check(tensors, prompt)
-            write_atomic(shard, partial(save_file, tensors, metadata=identity))
-        shards.append(shard)
-    progress(len(plan.prompts), len(plan.prompts))
+    shards = [shard_path(folder, index) for index in range(len(plan.prompts))]
+    missing = [index for index, shard in enumerate(shards) if not _matches(shard, plan.identity(index))]
+    for shard in (shards[index] for index in missing):
+        if shard.exists() and not overwrite:
+            raise QvditError(
+                f"--calibration with {shard}, recorded from another model or with other settings",
+                "calibration data of this job",
+                "choose another folder, or the settings it was made with",
+            )
+    for start in range(0, len(missing), together):
+        progress(len(shards) - len(missing) + start, len(shards))
+        indices = missing[start : start + together]
+        for index, tensors in zip(indices, _record_some(pipeline, adapter, plan, indices), strict=True):
+            _check(tensors, plan.prompts[index])
+            write_atomic(shards[index], partial(save_file, tensors, metadata=plan.identity(index)))
+    progress(len(shards), len(shards))
     return CalibrationData(tuple(shards))
 
 
@@ -140,10 +145,10 @@ def _matches(shard: Path, identity: dict[str, str]) -> bool:
         return False
 
 
-def _record_one(
-    pipeline: Any, adapter: ModelAdapter, plan: CalibrationPlan, prompt: str, seed: int
-) -> dict[str, torch.Tensor]:
-    """Sample one video and keep the transformer's inputs at the plan's steps."""
+def _record_some(
+    pipeline: Any, adapter: ModelAdapter, plan: CalibrationPlan, indices: list[int]
+) -> list[dict[str, torch.Tensor]]:
+    """Sample a video of each prompt and keep the transformer's inputs at the plan's steps, prompt by prompt."""
     wanted = set(plan.recorded_steps())
     times: list[float] = []  # the time steps seen so far, in order: their count is the index of the current one
     kept: list[dict[str, torch.Tensor]] = []
@@ -162,10 +167,15 @@ def _record_one(
 
     handle = pipeline.transformer.register_forward_pre_hook(keep, with_kwargs=True)
     try:
-        sample(pipeline, [prompt], plan.steps, plan.guidance, [seed])
+        prompts, seeds = zip(*((plan.prompts[index], plan.seed + index) for index in indices), strict=True)
+        sample(pipeline, list(prompts), plan.steps, plan.guidance, list(seeds))
     finally:
         handle.remove()
-    return {name: torch.cat([row[name] for row in kept]).contiguous() for name in kept[0]}
+    # A batch has a row of every prompt, or all unconditional rows before all conditional ones.
+    return [
+        {name: torch.cat([row[name][place :: len(indices)] for row in kept]).contiguous() for name in kept[0]}
+        for place in range(len(indices))
+    ]
 
 
 def sample(pipeline: Any, prompts: list[str], steps: int, guidance: float, seeds: list[int]) -> Any:

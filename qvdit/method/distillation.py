@@ -83,7 +83,7 @@ def distil(
     for layer in layers:
         layer.quantize_activations = block.quantize_activations
         layer.requires_grad_(True)
-    optimizer = torch.optim.AdamW(_parameter_groups(layers, block), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(_parameter_groups(layers, block), weight_decay=0.0, fused=device.type == "cuda")
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     compile_blocks(student, adapter)
     loss = torch.tensor(math.nan)
@@ -91,7 +91,8 @@ def distil(
         progress(step, steps)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * 0.5 * (1 + math.cos(math.pi * step / steps))
-        batch = {name: tensor[rows].to(device) for name, tensor in sets[i].items()}
+        index = torch.tensor(rows, device=sets[i][_TARGET].device)
+        batch = {name: tensor[index].to(device) for name, tensor in sets[i].items()}
         with fast_arithmetic(device):
             loss = _loss(student, batch.pop(_TARGET), adapter, config, batch, block)
             loss.backward()

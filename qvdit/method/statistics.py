@@ -53,18 +53,19 @@ class _Sums:
     def __init__(self) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
         self.batches: Counter[int] = Counter()  # seen of each step
-        self.step = 0
+        self.step, self.count = 0, 1
 
-    def begin(self, step: int) -> None:
-        """What is added from here on belongs to one more batch of a step."""
-        self.step = step
-        self.batches[step] += 1
+    def begin(self, step: int, count: int = 1) -> None:
+        """What is added from here on belongs to ``count`` more batches of a step."""
+        self.step, self.count = step, count
+        self.batches[step] += count
 
     def add(self, name: str, x: torch.Tensor) -> None:
-        """Add one batch of an input [..., K]."""
+        """Add an input [..., K] of as many batches as have begun, of as many rows each, one after the other."""
         x = x.detach().reshape(-1, x.shape[-1]).float()
         fields = (f"{_BY_STEP}:{self.step}", *_OVERALL)
-        values = (x.abs().amax(0), x.mean(0), x.T @ x / len(x))
+        peaks = x.abs().unflatten(0, (self.count, -1)).amax(1).sum(0)
+        values = (peaks, self.count * x.mean(0), self.count * (x.T @ x / len(x)))
         for field, value in zip(fields, values, strict=True):
             key = f"{name}:{field}"
             value = value.double()
@@ -106,8 +107,12 @@ def collect(
     data: CalibrationData,
     path: Path,
     progress: Progress = no_progress,
+    together: int = 1,
 ) -> Statistics:
-    """Run the full-precision model over the calibration data; resumes from ``path`` and leaves the result there."""
+    """Run the full-precision model over the calibration data; resumes from ``path`` and leaves the result there.
+
+    ``together``: how many shards, of equal shapes, share a forward pass; only float32 rounding depends on it.
+    """
     device = next(transformer.parameters()).device
     sums = _Sums()
     done = sums.load(path, device)
@@ -120,18 +125,17 @@ def collect(
         for name, reader in first_reader.items()
     ]
     try:
-        for index, shard in enumerate(data.shards):
-            progress(index, len(data.shards))
-            if index < done:
-                continue
-            for step, batch in CalibrationData((shard,)).by_step():
-                sums.begin(step)
+        for start in range(done, len(data.shards), together):
+            progress(start, len(data.shards))
+            shards = data.shards[start : start + together]
+            for step, batch in CalibrationData(shards).by_step(together):
+                sums.begin(step, len(shards))
                 inputs = {name: tensor.to(device) for name, tensor in batch.items()}
                 transformer(**inputs, return_dict=False)
-            last = index + 1 == len(data.shards)
-            if last or time.monotonic() - saved >= 10 * cost:  # a large model's sums take gigabytes to save
+            seen = start + len(shards)
+            if seen == len(data.shards) or time.monotonic() - saved >= 10 * cost:  # a large model's take gigabytes
                 started = time.monotonic()
-                sums.save(path, index + 1)
+                sums.save(path, seen)
                 saved = time.monotonic()
                 cost = saved - started
     finally:

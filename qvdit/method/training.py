@@ -22,6 +22,14 @@ def round_through(x: torch.Tensor) -> torch.Tensor:
     return x + (torch.round(x) - x).detach()
 
 
+def rotated_by_product(x: torch.Tensor, hadamard: torch.Tensor) -> torch.Tensor:
+    """FWHT of x [..., K] as a product with H_B: what the operator's butterfly gives but for rounding, in one pass.
+
+    Training a network goes through it twice as often as running it does, and integers need not be equal there.
+    """
+    return (x.unflatten(-1, (-1, len(hadamard))) @ hadamard).flatten(-2)
+
+
 class TrainableLinear(torch.nn.Module):
     """A linear that is quantized in every forward pass, with what can be trained as parameters."""
 
@@ -31,6 +39,7 @@ class TrainableLinear(torch.nn.Module):
     high: torch.Tensor
     levels: torch.Tensor
     inv_smooth: torch.Tensor | None
+    hadamard: torch.Tensor | None
 
     def __init__(
         self,
@@ -57,6 +66,8 @@ class TrainableLinear(torch.nn.Module):
         self.register_buffer("weight", weight)
         self.register_buffer("zero", grid.zero)
         self.register_buffer("inv_smooth", inv_smooth)
+        matrix = operator.walsh_hadamard(torch.eye(rotation, device=weight.device), rotation) if rotation else None
+        self.register_buffer("hadamard", matrix)  # H_B
         # Buffers, not numbers: compiled code then serves every width.
         self.register_buffer("low", torch.tensor(float(grid.low), device=weight.device))
         self.register_buffer("high", torch.tensor(float(grid.high), device=weight.device))
@@ -102,8 +113,10 @@ class TrainableLinear(torch.nn.Module):
         return (weight_q - zero) * scale
 
     def transformed_input(self, x: torch.Tensor) -> torch.Tensor:
-        """x̃, float32 [..., K]."""
-        return operator.transform(x, self.inv_smooth, self.rotation)
+        """x̃, float32 [..., K]; on a GPU the rotation is a product, in whatever precision float32 products have."""
+        if self.hadamard is None or not x.is_cuda:
+            return operator.transform(x, self.inv_smooth, self.rotation)
+        return rotated_by_product(operator.transform(x, self.inv_smooth), self.hadamard)
 
     def quantized_input(self, x: torch.Tensor) -> torch.Tensor:
         """Q_a(x̃), or without Q_a where activations are kept in floating point."""

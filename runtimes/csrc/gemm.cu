@@ -22,7 +22,7 @@ int32_t check(const qvdit_gemm_args& args) {
   const long long segment = args.segment;
   QVDIT_REQUIRE(segment == n || (segment >= kSegmentStep && segment % kSegmentStep == 0 && n % segment == 0),
                 "segments of %lld columns, of %lld; multiples of %d that divide them", segment, n, kSegmentStep);
-  QVDIT_REQUIRE(args.tile >= QVDIT_TILE_AUTO && args.tile <= QVDIT_TILE_WGMMA_128X256, "tile %d", args.tile);
+  QVDIT_REQUIRE(args.tile >= QVDIT_TILE_AUTO && args.tile <= QVDIT_TILE_WGMMA_128X192, "tile %d", args.tile);
   QVDIT_REQUIRE(on_multiple(args.x_q, 16) && on_multiple(args.weight, 16),
                 "x_q or weight not on a multiple of 16 bytes");
   QVDIT_REQUIRE(on_multiple(args.y, 8) && on_multiple(args.weight_scale, 8) && on_multiple(args.weight_sum, 8) &&
@@ -45,21 +45,47 @@ bool suits_wgmma(const qvdit_gemm_args& args) {
 }
 #endif
 
-// Whether a tile of 256 columns lies in one segment.
-bool wide_fits(const qvdit_gemm_args& args) { return args.segment == args.n || args.segment % 256 == 0; }
+// Whether a tile of so many columns lies in one segment.
+bool in_one_segment(const qvdit_gemm_args& args, int columns) {
+  return args.segment == args.n || args.segment % columns == 0;
+}
 
-// The tile for these sizes. Hopper, of what was measured on an H200 (TOP/s at 32768 rows, rank 1, 128x128 ping-pong
-// against 128x256 cooperative): K 1152, N 3456: 819 / 781; K 4608, N 1152: 1429 / 1191; K 5120, N 5120: 1566 / 1158;
-// K 8960, N 1536: 1497 / 1565. mma.sync: 128x128 was faster at every one of these, and its tiles are more.
+#if defined(QVDIT_WITH_WGMMA)
+// What the epilogue of CUTLASS's visitors expresses.
+bool suits_rank1(const qvdit_gemm_args& args) {
+  return args.rank <= 1 && !args.weight_zero && args.y_dtype != QVDIT_S32;
+}
+
+// How many tiles of 128 rows each multiprocessor computes at most.
+int64_t waves(const qvdit_gemm_args& args, int columns) {
+  int device = 0, multiprocessors = 1;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  const int64_t tiles = (args.m + 127) / 128 * ((args.n + columns - 1) / columns);
+  return (tiles + multiprocessors - 1) / multiprocessors;
+}
+
+// Whether tiles of 192 columns are faster than those of 128. On an H100, 2026-11-25, bf16 out, rank 1, TOP/s of
+// 128x192 / 128x128, one of them 1.4 times the time of the other:
+//
+//   M      N      K      192 / 128       M      N      K      192 / 128      M    N     K      192 / 128
+//   32768  1152   1152   1182 / 1078     32768  1920   1920   1443 / 1288    512  5120  5120    995 / 859
+//   32768  3456   1152   1349 / 1252     32768  1152   4608   1527 / 1248    512  3072  12288   758 / 1069
+//   32768  4608   1152   1336 / 1250     32768  3072   3072   1486 / 1363
+//   32768  1536   1536   1374 / 1232     16384  12288  3072   1382 / 1297
+//   32768  8960   1536   1292 / 1289     32768  3072   12288  1369 / 1287
+//   32768  5120   5120   1371 / 1311
+bool prefers_192(const qvdit_gemm_args& args) {
+  if (!suits_rank1(args) || !in_one_segment(args, 192)) return false;
+  return waves(args, 192) * 7 <= waves(args, 128) * 5;
+}
+#endif
+
 int choose_tile(const qvdit_gemm_args& args) {
 #if defined(QVDIT_WITH_WGMMA)
-  constexpr int64_t kWideFromK = 8192;
-  if (is_hopper() && suits_wgmma(args)) {
-    const bool wide = args.k_pad >= kWideFromK && args.n >= 256 && wide_fits(args);
-    return wide ? QVDIT_TILE_WGMMA_128X256 : QVDIT_TILE_WGMMA_128X128;
-  }
+  if (is_hopper() && suits_wgmma(args)) return prefers_192(args) ? QVDIT_TILE_WGMMA_128X192 : QVDIT_TILE_WGMMA_128X128;
 #endif
-  return QVDIT_TILE_MMA_128X128;
+  return QVDIT_TILE_MMA_128X128;  // on an H200 faster than 128x256 at every shape, and its tiles are more
 }
 
 int32_t run_mma(const qvdit_gemm_args& args, bool wide, cudaStream_t stream) {
@@ -75,24 +101,56 @@ int32_t run_mma(const qvdit_gemm_args& args, bool wide, cudaStream_t stream) {
   }
 }
 
+#if defined(QVDIT_WITH_WGMMA)
+int32_t run_wgmma_128(const qvdit_gemm_args& args, cudaStream_t stream) {
+  const bool rank1 = suits_rank1(args) && !args.zero;
+  switch (args.y_dtype) {
+    case QVDIT_F16:
+      return rank1 ? qvdit::gemm_wgmma_rank1_128_f16(args, stream) : qvdit::gemm_wgmma_any_f16(args, stream);
+    case QVDIT_BF16:
+      return rank1 ? qvdit::gemm_wgmma_rank1_128_bf16(args, stream) : qvdit::gemm_wgmma_any_bf16(args, stream);
+    default:
+      return qvdit::gemm_wgmma_any_s32(args, stream);
+  }
+}
+
+int32_t run_wgmma_192(const qvdit_gemm_args& args, cudaStream_t stream) {
+  QVDIT_REQUIRE(
+      suits_rank1(args),
+      "tiles of 192 columns are for 16-bit outputs, rank 0 or 1 and no weight_zero, not rank %lld and type %d",
+      static_cast<long long>(args.rank), args.y_dtype);
+  if (args.y_dtype == QVDIT_F16) {
+    return args.zero ? qvdit::gemm_wgmma_rank1_zero_192_f16(args, stream)
+                     : qvdit::gemm_wgmma_rank1_192_f16(args, stream);
+  }
+  return args.zero ? qvdit::gemm_wgmma_rank1_zero_192_bf16(args, stream)
+                   : qvdit::gemm_wgmma_rank1_192_bf16(args, stream);
+}
+#endif
+
 int32_t run_wgmma(const qvdit_gemm_args& args, bool wide, cudaStream_t stream) {
 #if defined(QVDIT_WITH_WGMMA)
   if (!is_hopper()) return qvdit::fail(QVDIT_NO_KERNEL, "wgmma tiles run on Hopper only");
   QVDIT_REQUIRE(suits_wgmma(args),
                 "wgmma tiles write 16-bit or int32 rows of a multiple of 16 bytes, not %lld of type %d",
                 static_cast<long long>(args.n), args.y_dtype);
-  switch (args.y_dtype) {
-    case QVDIT_F16:
-      return wide ? qvdit::gemm_wgmma_128x256_f16(args, stream) : qvdit::gemm_wgmma_128x128_f16(args, stream);
-    case QVDIT_BF16:
-      return wide ? qvdit::gemm_wgmma_128x256_bf16(args, stream) : qvdit::gemm_wgmma_128x128_bf16(args, stream);
-    default:
-      return wide ? qvdit::gemm_wgmma_128x256_s32(args, stream) : qvdit::gemm_wgmma_128x128_s32(args, stream);
-  }
+  return wide ? run_wgmma_192(args, stream) : run_wgmma_128(args, stream);
 #else
   (void)args, (void)wide, (void)stream;
   return qvdit::fail(QVDIT_NO_KERNEL, "this library was built without the wgmma kernels (no CUTLASS, or not for 90a)");
 #endif
+}
+
+// Columns of its tiles.
+int columns_of(int tile) {
+  switch (tile) {
+    case QVDIT_TILE_MMA_128X256:
+      return 256;
+    case QVDIT_TILE_WGMMA_128X192:
+      return 192;
+    default:
+      return 128;
+  }
 }
 
 }  // namespace
@@ -102,8 +160,8 @@ extern "C" int32_t qvdit_low_bit_gemm(const qvdit_gemm_args* args, void* stream)
   if (const int32_t status = check(*args)) return status;
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   const int tile = args->tile == QVDIT_TILE_AUTO ? choose_tile(*args) : args->tile;
-  QVDIT_REQUIRE(tile == QVDIT_TILE_MMA_128X128 || tile == QVDIT_TILE_WGMMA_128X128 || wide_fits(*args),
-                "segments of %lld columns with tiles of 256", static_cast<long long>(args->segment));
+  QVDIT_REQUIRE(in_one_segment(*args, columns_of(tile)), "segments of %lld columns with tiles of %d",
+                static_cast<long long>(args->segment), columns_of(tile));
   switch (tile) {
     case QVDIT_TILE_MMA_128X128:
       return run_mma(*args, false, on);

@@ -14,11 +14,16 @@ int32_t gemm_mma_bf16(const qvdit_gemm_args& args, bool wide, cudaStream_t strea
 int32_t gemm_mma_s32(const qvdit_gemm_args& args, bool wide, cudaStream_t stream);
 
 // Hopper, N · sizeof(y) a multiple of 16 bytes.
-int32_t gemm_wgmma_128x128_f16(const qvdit_gemm_args& args, cudaStream_t stream);
-int32_t gemm_wgmma_128x128_bf16(const qvdit_gemm_args& args, cudaStream_t stream);
-int32_t gemm_wgmma_128x128_s32(const qvdit_gemm_args& args, cudaStream_t stream);
-int32_t gemm_wgmma_128x256_f16(const qvdit_gemm_args& args, cudaStream_t stream);
-int32_t gemm_wgmma_128x256_bf16(const qvdit_gemm_args& args, cudaStream_t stream);
-int32_t gemm_wgmma_128x256_s32(const qvdit_gemm_args& args, cudaStream_t stream);
+int32_t gemm_wgmma_any_f16(const qvdit_gemm_args& args, cudaStream_t stream);  // 128x128
+int32_t gemm_wgmma_any_bf16(const qvdit_gemm_args& args, cudaStream_t stream);
+int32_t gemm_wgmma_any_s32(const qvdit_gemm_args& args, cudaStream_t stream);
+
+// Of rank 0 or 1 and without weight_zero; with zero or without. 192 columns: a tile must lie in one segment.
+int32_t gemm_wgmma_rank1_128_f16(const qvdit_gemm_args& args, cudaStream_t stream);
+int32_t gemm_wgmma_rank1_128_bf16(const qvdit_gemm_args& args, cudaStream_t stream);
+int32_t gemm_wgmma_rank1_192_f16(const qvdit_gemm_args& args, cudaStream_t stream);
+int32_t gemm_wgmma_rank1_192_bf16(const qvdit_gemm_args& args, cudaStream_t stream);
+int32_t gemm_wgmma_rank1_zero_192_f16(const qvdit_gemm_args& args, cudaStream_t stream);
+int32_t gemm_wgmma_rank1_zero_192_bf16(const qvdit_gemm_args& args, cudaStream_t stream);
 
 }  // namespace qvdit

@@ -1,5 +1,5 @@
-// Step 4 for a fragment of accumulators, the same for every GEMM here: which rows and columns it covers is the caller's
-// business.
+// Step 4 for a fragment of accumulators of the mma.sync GEMM: which rows and columns it covers is the caller's business.
+// Hopper's GEMMs share first_u.
 //
 //   acc = Σ_k x_q weight - zero weight_sum - weight_zero row_sum        int32; wraps only where the true sum would
 //   y   = scale · (acc · weight_scale) + Σ_r u beta + bias              float32, in this order; u of the column's

@@ -1,11 +1,11 @@
 // s8 x s8 → s32 for Hopper: CUTLASS's TMA warp-specialized wgmma kernels (its first version passes FP8 row-scaled
-// cuBLASLt at every shape measured, so it is not written by hand) with this project's epilogue as one visitor.
+// cuBLASLt at every shape measured, so it is not written by hand), their epilogue a visitor of the caller's.
 //
-// Clusters of 2 x 1: two tiles beside each other in M share their slice of the weights by multicast. Persistent grid,
-// one block a multiprocessor.
+// Ping-pong: each of the two warpgroups has a tile and its epilogue for itself, one after the other. Clusters of 2 x 1:
+// two tiles beside each other in M share their slice of the weights by multicast. Persistent grid, one block a
+// multiprocessor. Cooperative warpgroups, tiles of 256 rows or columns, other clusters and rasters all lost, on an H100
+// at every shape of `qvdit bench kernels` (2026-11-25).
 #pragma once
-
-#include <type_traits>
 
 #include "cute/tensor.hpp"
 #include "cutlass/cutlass.h"
@@ -16,275 +16,35 @@
 #include "cutlass/gemm/kernel/gemm_universal.hpp"
 #include "cutlass/kernel_hardware_info.h"
 #include "gemm.h"
-#include "gemm_epilogue.cuh"
 
 namespace qvdit {
 
-constexpr int kStagedRanks = 4;  // those of more ranks read the rest through L1
+template <int kBlockN>
+using WgmmaTile = cute::Shape<cute::_128, cute::Int<kBlockN>, cute::_128>;
 
-// What a tile's epilogue needs of its rows and columns. Each value is read from device memory once a tile, and from
-// here once for all the accumulators of a thread's column or row: shared memory is what the mainloop of the other
-// warpgroup is bound by.
-template <int kBlockM, int kBlockN>
-struct EpilogueFactors {
-  alignas(16) float scale[kBlockM];
-  alignas(16) int32_t zero[kBlockM];
-  alignas(16) float u[kStagedRanks][kBlockM];
-  alignas(16) float weight_scale[kBlockN];
-  alignas(16) int32_t weight_sum[kBlockN];
-  alignas(16) float bias[kBlockN];
-  alignas(16) float beta[kStagedRanks][kBlockN];
-
-  // By all threads of the epilogue. Rows and columns past the ends get zeros; a rank that is absent, too.
-  __device__ __forceinline__ void fill(const qvdit_gemm_args& args, int64_t first_m, int64_t first_n, int thread,
-                                       int threads) {
-    const int ranks = args.rank < kStagedRanks ? static_cast<int>(args.rank) : kStagedRanks;
-    for (int i = thread; i < kBlockN; i += threads) {
-      const int64_t n = first_n + i;
-      const bool there = n < args.n;
-      if (args.weight_scale) weight_scale[i] = there ? __ldg(args.weight_scale + n) : 0.f;
-      bias[i] = there && args.bias ? __ldg(args.bias + n) : 0.f;
-      beta[0][i] = there && ranks > 0 ? __ldg(args.beta + n) : 0.f;
-      for (int r = 1; r < ranks; ++r) beta[r][i] = there ? __ldg(args.beta + r * args.n + n) : 0.f;
-      if (args.zero) weight_sum[i] = there ? __ldg(args.weight_sum + n) : 0;
-    }
-    const float* segment_u = args.u + first_u(args, first_n);
-    for (int i = thread; i < kBlockM; i += threads) {
-      const int64_t m = first_m + i;
-      const bool there = m < args.m;
-      if (args.scale) scale[i] = there ? __ldg(args.scale + m) : 0.f;
-      u[0][i] = there && ranks > 0 ? __ldg(segment_u + m) : 0.f;
-      for (int r = 1; r < ranks; ++r) u[r][i] = there ? __ldg(segment_u + r * args.m + m) : 0.f;
-      if (args.zero) zero[i] = there ? __ldg(args.zero + m) : 0;
-    }
-  }
-};
-
-// The whole epilogue as a leaf of CUTLASS's visitor tree. Returns y as Out; where that is int32, the corrected
-// accumulators.
-template <typename Out, int kBlockM, int kBlockN, int kThreads>
-struct LowBitVisitor {
-  using SharedStorage = EpilogueFactors<kBlockM, kBlockN>;
-  using Arguments = qvdit_gemm_args;
-  using Params = qvdit_gemm_args;
-
-  template <class ProblemShape>
-  static constexpr Params to_underlying_arguments(ProblemShape const&, Arguments const& args, void*) {
-    return args;
-  }
-  template <class ProblemShape>
-  static bool can_implement(ProblemShape const&, Arguments const&) {
-    return true;
-  }
-  template <class ProblemShape>
-  static size_t get_workspace_size(ProblemShape const&, Arguments const&) {
-    return 0;
-  }
-  template <class ProblemShape>
-  static cutlass::Status initialize_workspace(ProblemShape const&, Arguments const&, void*, cudaStream_t,
-                                              cutlass::CudaHostAdapter* = nullptr) {
-    return cutlass::Status::kSuccess;
-  }
-
-  CUTLASS_HOST_DEVICE LowBitVisitor() {}
-  CUTLASS_HOST_DEVICE LowBitVisitor(Params const& params, SharedStorage const& shared)
-      : params_(&params), shared_(const_cast<SharedStorage*>(&shared)) {}
-
-  CUTLASS_DEVICE bool is_producer_load_needed() const { return false; }
-  CUTLASS_DEVICE bool is_C_load_needed() const { return false; }
-
-  template <class... Args>
-  CUTLASS_DEVICE auto get_producer_load_callbacks(cutlass::epilogue::fusion::ProducerLoadArgs<Args...> const&) {
-    return cutlass::epilogue::fusion::EmptyProducerLoadCallbacks{};
-  }
-
-  // coordinates: (m, n) of the thread's accumulators relative to its first, static [.., EPI_M, EPI_N]. A subtile's are
-  // laid out as wgmma does it: pairs beside each other in n, alternating between two rows 8 apart: (n, n + 1) of m, of
-  // m + 8, then the next 8 columns.
-  template <class Coordinates>
-  struct Callbacks : cutlass::epilogue::fusion::EmptyConsumerStoreCallbacks {
-    static constexpr int kSubtile = decltype(cute::size(
-        std::declval<Coordinates>()(cute::_, cute::_, cute::_, cute::Int<0>{}, cute::Int<0>{})))::value;
-    static constexpr int kSubtilesM = decltype(cute::size<3>(std::declval<Coordinates>()))::value;
-    static constexpr int kPairs = kSubtile / 4;
-
-    CUTLASS_DEVICE Callbacks(Coordinates coordinates, int first_m, int first_n, int tile_m, int tile_n, int thread,
-                             Params const* params, SharedStorage* shared)
-        : coordinates(coordinates),
-          first_m(first_m),
-          first_n(first_n),
-          tile_m(tile_m),
-          tile_n(tile_n),
-          thread(thread),
-          params(params),
-          shared(shared) {}
-
-    Coordinates coordinates;
-    int first_m, first_n;  // of the thread's accumulators
-    int tile_m, tile_n;    // of the tile
-    int thread;
-    Params const* params;
-    SharedStorage* shared;
-    // The thread's factors: of all its rows, and of the columns of one subtile.
-    float scale[kSubtilesM][2], u[kSubtilesM][2];
-    int32_t zero[kSubtilesM][2];
-    float2 weight_scale[kPairs], bias[kPairs], beta[kPairs];
-    int2 weight_sum[kPairs];
-
-    CUTLASS_DEVICE void begin() { shared->fill(*params, tile_m, tile_n, thread, kThreads); }
-    CUTLASS_DEVICE bool begin_sync_needed() const { return true; }
-
-    // Within the tile: of a subtile's row h (0 or 1) and of the first column of its pair p.
-    CUTLASS_DEVICE int row(int epi_m, int h) const {
-      return first_m - tile_m + cute::get<0>(coordinates(cute::_, cute::_, cute::_, epi_m, 0)(2 * h));
-    }
-    CUTLASS_DEVICE int column(int epi_n, int p) const {
-      return first_n - tile_n + cute::get<1>(coordinates(cute::_, cute::_, cute::_, 0, epi_n)(4 * p));
-    }
-
-    // Subtiles come by columns: (0, 0), (1, 0), …, (0, 1), …
-    CUTLASS_DEVICE void begin_loop(int epi_m, int epi_n) {
-      const bool zeros = params->zero != nullptr;
-      if (epi_n == 0) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          scale[epi_m][h] = shared->scale[row(epi_m, h)];
-          u[epi_m][h] = shared->u[0][row(epi_m, h)];
-          if (zeros) zero[epi_m][h] = shared->zero[row(epi_m, h)];
-        }
-      }
-      if (epi_m == 0) {
-#pragma unroll
-        for (int p = 0; p < kPairs; ++p) {
-          const int n = column(epi_n, p);
-          weight_scale[p] = *reinterpret_cast<const float2*>(shared->weight_scale + n);
-          bias[p] = *reinterpret_cast<const float2*>(shared->bias + n);
-          beta[p] = *reinterpret_cast<const float2*>(shared->beta[0] + n);
-          if (zeros) weight_sum[p] = *reinterpret_cast<const int2*>(shared->weight_sum + n);
-        }
-      }
-    }
-
-    template <int kSize>
-    CUTLASS_DEVICE cutlass::Array<Out, kSize> visit(cutlass::Array<int32_t, kSize> const& acc, int epi_v, int epi_m,
-                                                    int epi_n) {
-      static_assert(kSize % 4 == 0 && in_wgmma_order(cute::make_seq<kSubtile>{}), "another order of accumulators");
-      const int first_pair = epi_v * kSize / 4;
-      cutlass::Array<int32_t, kSize> sums = acc;
-      if (params->zero) {
-#pragma unroll
-        for (int i = 0; i < kSize; ++i) {
-          const int2 pair = weight_sum[first_pair + i / 4];
-          sums[i] -= zero[epi_m][i / 2 % 2] * (i % 2 ? pair.y : pair.x);
-        }
-      }
-      if (params->weight_zero) correct_weight_zero(sums, first_pair, epi_m, epi_n);
-      if constexpr (std::is_same_v<Out, int32_t>) {
-        return sums;
-      } else {
-        cutlass::Array<float, kSize> y;
-#pragma unroll
-        for (int i = 0; i < kSize; ++i) {
-          const int p = first_pair + i / 4, h = i / 2 % 2;
-          y[i] = scale[epi_m][h] * (static_cast<float>(sums[i]) * (i % 2 ? weight_scale[p].y : weight_scale[p].x));
-          y[i] += u[epi_m][h] * (i % 2 ? beta[p].y : beta[p].x);
-        }
-        if (params->rank > 1) add_further_ranks(y, first_pair, epi_m, epi_n);
-#pragma unroll
-        for (int i = 0; i < kSize; ++i) y[i] += i % 2 ? bias[first_pair + i / 4].y : bias[first_pair + i / 4].x;
-        return cutlass::NumericArrayConverter<Out, float, kSize>{}(y);
-      }
-    }
-
-    template <int kSize>
-    CUTLASS_DEVICE void add_further_ranks(cutlass::Array<float, kSize>& y, int first_pair, int epi_m, int epi_n) const {
-      const int ranks = static_cast<int>(params->rank), staged = ranks < kStagedRanks ? ranks : kStagedRanks;
-#pragma unroll
-      for (int r = 1; r < kStagedRanks; ++r) {
-        if (r >= staged) break;
-#pragma unroll
-        for (int i = 0; i < kSize; i += 2) {
-          const float2 pair = *reinterpret_cast<const float2*>(shared->beta[r] + column(epi_n, first_pair + i / 4));
-          const float factor = shared->u[r][row(epi_m, i / 2 % 2)];
-          y[i] += factor * pair.x, y[i + 1] += factor * pair.y;
-        }
-      }
-#pragma unroll 1
-      for (int r = kStagedRanks; r < ranks; ++r) {
-        const float* row_u = params->u + first_u(*params, tile_n) + r * params->m;
-        const float* column_beta = params->beta + r * params->n;
-#pragma unroll
-        for (int i = 0; i < kSize; ++i) {
-          const int64_t m = tile_m + row(epi_m, i / 2 % 2), n = tile_n + column(epi_n, first_pair + i / 4) + i % 2;
-          if (m < params->m && n < params->n) y[i] += __ldg(row_u + m) * __ldg(column_beta + n);
-        }
-      }
-    }
-
-    template <int kSize>
-    CUTLASS_DEVICE void correct_weight_zero(cutlass::Array<int32_t, kSize>& sums, int first_pair, int epi_m,
-                                            int epi_n) const {
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        const int64_t m = tile_m + row(epi_m, i / 2 % 2), n = tile_n + column(epi_n, first_pair + i / 4) + i % 2;
-        if (m < params->m && n < params->n) sums[i] -= __ldg(params->row_sum + m) * __ldg(params->weight_zero + n);
-      }
-    }
-
-    template <int... i>
-    static constexpr bool in_wgmma_order(cute::seq<i...>) {
-      return ((row_of<i> == i / 2 % 2 * 8 && column_of<i> == i / 4 * 8 + i % 2) && ...);
-    }
-    template <int i>
-    using Coordinate = decltype(std::declval<Coordinates>()(cute::_, cute::_, cute::_, cute::Int<0>{},
-                                                            cute::Int<0>{})(cute::Int<i>{}));
-    template <int i>
-    static constexpr int row_of = decltype(cute::get<0>(std::declval<Coordinate<i>>()))::value;
-    template <int i>
-    static constexpr int column_of = decltype(cute::get<1>(std::declval<Coordinate<i>>()))::value;
-  };
-
-  template <bool kReferenceSource, class... Args>
-  CUTLASS_DEVICE auto get_consumer_store_callbacks(cutlass::epilogue::fusion::ConsumerStoreArgs<Args...> const& args) {
-    // The residue is the matrix's end relative to the thread's first accumulator.
-    const int first_m = static_cast<int>(params_->m) - cute::get<0>(args.residue_tCcD);
-    const int first_n = static_cast<int>(params_->n) - cute::get<1>(args.residue_tCcD);
-    const int tile_m = static_cast<int>(params_->m) - cute::get<0>(args.residue_cD);
-    const int tile_n = static_cast<int>(params_->n) - cute::get<1>(args.residue_cD);
-    return Callbacks<decltype(args.tCcD)>(args.tCcD, first_m, first_n, tile_m, tile_n, args.thread_idx, params_,
-                                          shared_);
-  }
-
-  Params const* params_;
-  SharedStorage* shared_;
-};
-
-template <typename Out, int kBlockN, bool kPingpong>
+// Visitor: a tree of CUTLASS's that makes y as Out.
+template <typename Out, int kBlockN, class Visitor>
 struct WgmmaGemm {
-  using Tile = cute::Shape<cute::_128, cute::Int<kBlockN>, cute::_128>;
+  using Tile = WgmmaTile<kBlockN>;
   using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
   using Row = cutlass::layout::RowMajor;
   using Column = cutlass::layout::ColumnMajor;  // of the weights: [N, K] in memory is K x N by columns
   static constexpr int kOutAlignment = 16 / sizeof(Out);
 
-  using EpilogueSchedule = std::conditional_t<kPingpong, cutlass::epilogue::TmaWarpSpecialized,
-                                              cutlass::epilogue::TmaWarpSpecializedCooperative>;
-  using MainloopSchedule = std::conditional_t<kPingpong, cutlass::gemm::KernelTmaWarpSpecializedPingpong,
-                                              cutlass::gemm::KernelTmaWarpSpecializedCooperative>;
-  // Ping-pong: each of the two warpgroups has a tile and its epilogue for itself, one after the other.
-  using Visitor = LowBitVisitor<Out, 128, kBlockN, kPingpong ? 128 : 256>;
   using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster,
       cutlass::epilogue::collective::EpilogueTileAuto, int32_t, float, void, Row, kOutAlignment, Out, Row,
-      kOutAlignment, EpilogueSchedule, cutlass::epilogue::fusion::Sm90EVT<Visitor>>::CollectiveOp;
+      kOutAlignment, cutlass::epilogue::TmaWarpSpecialized, Visitor>::CollectiveOp;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, int8_t, Row, 16, int8_t, Column, 16, int32_t, Tile, Cluster,
       cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
-      MainloopSchedule>::CollectiveOp;
+      cutlass::gemm::KernelTmaWarpSpecializedPingpong>::CollectiveOp;
   using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Epilogue>;
   using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
 
-  static int32_t run(const qvdit_gemm_args& args, cudaStream_t stream) {
+  using Fused = typename Epilogue::FusionCallbacks::Arguments;
+
+  static int32_t run(const qvdit_gemm_args& args, const Fused& fused, cudaStream_t stream) {
     const int m = static_cast<int>(args.m), n = static_cast<int>(args.n), k = static_cast<int>(args.k_pad);
     cutlass::KernelHardwareInfo hardware;
     if (cudaGetDevice(&hardware.device_id) != cudaSuccess) return launched("cudaGetDevice");
@@ -296,7 +56,7 @@ struct WgmmaGemm {
         cutlass::gemm::GemmUniversalMode::kGemm,
         {m, n, k, 1},
         {args.x_q, k_stride(typename Kernel::StrideA{}), args.weight, k_stride(typename Kernel::StrideB{})},
-        {{args}, nullptr, {}, static_cast<Out*>(args.y), y_stride},
+        {fused, nullptr, {}, static_cast<Out*>(args.y), y_stride},
         hardware};
     if (Gemm::can_implement(arguments) != cutlass::Status::kSuccess || Gemm::get_workspace_size(arguments) != 0) {
       return fail(QVDIT_INVALID, "wgmma tiles do not take M %d, N %d, K_pad %d", m, n, k);

@@ -71,6 +71,15 @@ extern "C" int32_t qvdit_quantize_rows(const qvdit_quantize_args* args, void* st
   params.vectorized = args->k % qvdit::kVector == 0 && args->modulation_stride % 4 == 0 && aligned(args->x) &&
                       aligned(args->inv_smooth) && aligned(args->alpha) && aligned(args->modulation_scale) &&
                       aligned(args->modulation_shift);
+  if (args->frame_gain) {
+    params.tokens = qvdit::Divisor(static_cast<uint32_t>(args->tokens_per_frame));
+    params.frames = qvdit::Divisor(static_cast<uint32_t>(args->frames));
+  }
+  const bool as_it_is = args->prologue == QVDIT_PLAIN && !args->inv_smooth && args->rotation <= 1 && !args->transformed;
+  if (as_it_is && params.vectorized && args->x_dtype != QVDIT_F32) {
+    return args->x_dtype == QVDIT_F16 ? qvdit::quantize_f16(params, static_cast<cudaStream_t>(stream))
+                                      : qvdit::quantize_bf16(params, static_cast<cudaStream_t>(stream));
+  }
   switch (args->prologue) {
     case QVDIT_PLAIN:
       return qvdit::quantize_plain(params, static_cast<cudaStream_t>(stream));

@@ -32,12 +32,32 @@ constexpr int kMaxRotation = 32 * kRotatedVectors * kVector;  // features that o
 constexpr float kSmallestScale = 1e-8f;                       // EPS_SCALE of qvdit/method/operator.py
 constexpr int64_t kMaxFeatures = 16384;
 
+// n / divisor for 0 <= n < 2^31 without a division.
+struct Divisor {
+  uint32_t divisor = 1, multiplier = 0, shift = 0;
+
+  Divisor() = default;
+  explicit Divisor(uint32_t value) : divisor(value) {
+    if (value <= 1) return;
+    int log2 = 0;
+    while (log2 < 31 && (uint64_t{1} << log2) < value) ++log2;
+    multiplier = static_cast<uint32_t>(((uint64_t{1} << (31 + log2)) + value - 1) / value);
+    shift = log2 - 1;
+  }
+  __device__ __forceinline__ uint32_t quotient(uint32_t n) const {
+    return divisor == 1 ? n : __umulhi(n, multiplier) >> shift;
+  }
+  __device__ __forceinline__ uint32_t remainder(uint32_t n) const { return n - quotient(n) * divisor; }
+};
+
 // qvdit_quantize_args with what the host worked out.
 struct QuantizeParams {
   qvdit_quantize_args args;
   int64_t k_pad;
-  float levels;     // what the range is divided by: 127 or 31; asymmetric 255 or 63
-  bool vectorized;  // every array may be read 16 bytes at a time, and K is a multiple of 8
+  float levels;       // what the range is divided by: 127 or 31; asymmetric 255 or 63
+  bool vectorized;    // every array may be read 16 bytes at a time, and K is a multiple of 8
+  bool alpha_shared;  // it is kept in shared memory
+  Divisor tokens, frames;
 };
 
 // (a, b) → (a + b, a - b)
@@ -375,7 +395,7 @@ __device__ __forceinline__ void quantize_row(Values& values, RowThreads threads,
   int sum = 0;  // of what is stored
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
-    float (&centred)[kVector] = values.x[v];  // from here on kRounder + x_q - zero
+    float(&centred)[kVector] = values.x[v];  // from here on kRounder + x_q - zero
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       centred[i] = rounder_plus_quotient(centred[i], grid.divisor, grid.reciprocal);
@@ -554,5 +574,7 @@ int32_t launch_quantize(const QuantizeParams& params, cudaStream_t stream) {
 int32_t quantize_plain(const QuantizeParams& params, cudaStream_t stream);
 int32_t quantize_layernorm(const QuantizeParams& params, cudaStream_t stream);
 int32_t quantize_gelu(const QuantizeParams& params, cudaStream_t stream);
+int32_t quantize_f16(const QuantizeParams& params, cudaStream_t stream);
+int32_t quantize_bf16(const QuantizeParams& params, cudaStream_t stream);
 
 }  // namespace qvdit

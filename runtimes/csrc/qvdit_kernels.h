@@ -20,7 +20,7 @@ extern "C" {
 #endif
 
 // Changes whenever a struct or the meaning of a field does.
-#define QVDIT_ABI 3
+#define QVDIT_ABI 4
 
 enum qvdit_status {
   QVDIT_OK = 0,
@@ -41,8 +41,8 @@ enum qvdit_tile {
   QVDIT_TILE_AUTO = 0,           // chosen from the sizes and the device
   QVDIT_TILE_MMA_128X128 = 1,    // mma.sync, every device
   QVDIT_TILE_MMA_128X256 = 2,    // mma.sync, every device
-  QVDIT_TILE_WGMMA_128X128 = 3,  // Hopper, ping-pong
-  QVDIT_TILE_WGMMA_128X256 = 4,  // Hopper, cooperative
+  QVDIT_TILE_WGMMA_128X128 = 3,  // Hopper
+  QVDIT_TILE_WGMMA_128X192 = 4,  // Hopper: rank 0 or 1, no weight_zero, y of 16 bits
 };
 
 // Steps 1 and 2 of LowBitLinear, and the input side of its low-rank term.

@@ -44,7 +44,7 @@ def make(out: Path, model: str, width: str, device: str, threads: int, last: str
         prompt_count=1,
         steps=8,
         records=2,
-        device=device,
+        compute=device,
         distillation_steps=None if width == STATIC else 0,
         calibration=out / "calibration" / Path(model).name,
         threads=threads,

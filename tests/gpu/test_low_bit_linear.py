@@ -14,15 +14,19 @@ from qvdit.runtimes.cuda import STORED_ZERO, Tile
 
 EPS = float(np.finfo(np.float32).eps)
 MMA = [Tile.MMA_128X128, Tile.MMA_128X256]
-WGMMA = [Tile.WGMMA_128X128, Tile.WGMMA_128X256]
+COLUMNS = {Tile.MMA_128X256: 256, Tile.WGMMA_128X192: 192}  # of a tile; of the others 128
 # M, N, K: one of each, odd, a tile and one more, several tiles, K not a multiple of a slice
 SIZES = [(1, 1, 1), (7, 5, 33), (129, 127, 100), (128, 128, 128), (129, 264, 1000), (300, 520, 2080), (1, 1152, 1152)]
 
 
-def tiles(n: int, size: int) -> list[Tile]:
-    """Those that this device has for rows of n outputs of some size in bytes."""
-    hopper = torch.cuda.get_device_capability()[0] == 9
-    return [*MMA, *(WGMMA if hopper and n * size % 16 == 0 else [])]
+def tiles(n: int, size: int, rank: int = 0, apart: bool = False) -> list[Tile]:
+    """Those that this device has for rows of n outputs of some size in bytes; apart: 8-bit weights have zero points."""
+    found = [*MMA]
+    if torch.cuda.get_device_capability()[0] == 9 and n * size % 16 == 0:
+        found.append(Tile.WGMMA_128X128)
+        if size == 2 and rank <= 1 and not apart:
+            found.append(Tile.WGMMA_128X192)
+    return found
 
 
 def random_layer(
@@ -150,7 +154,7 @@ def test_accumulators_are_exact(size, bits, symmetric, zero):
         )
 
 
-@pytest.mark.parametrize("tile", [*MMA, *WGMMA])
+@pytest.mark.parametrize("tile", [*MMA, Tile.WGMMA_128X128])
 def test_largest_accumulators(tile):
     """8-bit weights with zero point -128 against asymmetric activations: every product is 255 · 255."""
     n, k = 128, 8192
@@ -185,8 +189,27 @@ def test_outputs_are_within_rounding(size, rank, dtype, bits, parts):
         layer.beta[:] *= layer_scale / k
     gains = layer.frame_gain[np.arange(m) // (m // 3) % 3].astype(np.float64) if "gain" in parts else None
     _, reference, terms = expected(layer, x, gains)
-    for tile in tiles(n, dtype.itemsize) if dtype != torch.float32 else MMA:
+    apart = bits == 8 and "zero" in parts
+    for tile in [Tile.AUTO, *(tiles(n, dtype.itemsize, rank, apart) if dtype != torch.float32 else MMA)]:
         assert_close(run(layer, x, max(m // 3, 1), tile), reference, terms)
+
+
+@pytest.mark.parametrize(("m", "n"), [(1, 192), (129, 264), (257, 520), (1000, 1152)])
+@pytest.mark.parametrize("k", [64, 1000])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_integers_come_through_outputs_of_16_bits(m, n, k, symmetric):
+    """Scales of 1 and accumulators that float16 holds: what tiles without int32 outputs are checked by."""
+    rng = np.random.default_rng(m)
+    x = np.zeros((m, k), np.float32)
+    x[:, :60] = rng.integers(-15 if symmetric else 0, 16, (m, 60))
+    x[:, 60] = 127 if symmetric else 255
+    x = rng.permuted(x, axis=1)
+    weight_q = rng.integers(-1, 2, (n, k)).astype(np.int8)
+    layer = LowBitLayer("layer", 4, 8, symmetric, FrameRows.NONE, weight_q, np.ones(n, np.float32))
+    expected_y = x.astype(np.int64) @ weight_q.T.astype(np.int64)
+    for tile in tiles(n, 2):
+        y = run(layer, torch.from_numpy(x).half().cuda(), tile=tile)
+        np.testing.assert_array_equal(y.cpu().numpy().astype(np.int64), expected_y, err_msg=str(tile))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -194,7 +217,7 @@ def test_outputs_are_within_rounding(size, rank, dtype, bits, parts):
 def test_nan_rows(dtype, symmetric):
     layer = random_layer(264, 1000, 4, symmetric, ("zero", "bias"), 1)
     x = torch.randn(140, 1000, generator=torch.Generator().manual_seed(0)).to(dtype).cuda()
-    clean = {tile: run(layer, x, tile=tile) for tile in tiles(264, 2)}
+    clean = {tile: run(layer, x, tile=tile) for tile in tiles(264, 2, 1)}
     x[3, 5], x[139, 999] = torch.nan, torch.inf
     others = torch.ones(140, dtype=torch.bool)
     others[[3, 139]] = False
@@ -225,7 +248,7 @@ def test_more_than_two_billion_outputs():
     m, n, k = 120_000, 18_432, 64
     layer = random_layer(n, k, 4, True, ("bias",), 1)
     x = torch.empty(m, k, dtype=torch.bfloat16, device="cuda").normal_()
-    for tile in tiles(n, 2):
+    for tile in tiles(n, 2, 1):
         y = run(layer, x, tile=tile)
         for part in (slice(0, 2), slice(116_507, 116_511), slice(m - 2, m)):  # about and past 2^31
             _, reference, terms = expected(layer, x[part])
@@ -286,6 +309,16 @@ def test_refusals():
         linear(packed(layer), 8, 64, scale, None, tile=Tile.WGMMA_128X128)
 
 
+@pytest.mark.parametrize(("bits", "symmetric", "rank"), [(4, True, 2), (8, False, 1)])
+def test_tiles_of_192_columns_refuse_what_they_cannot_express(bits, symmetric, rank):
+    layer = random_layer(128, 64, bits, symmetric, ("zero",) if bits == 8 else (), rank)
+    x = torch.randn(4, 64, device="cuda").half()
+    with pytest.raises(QvditError, match=r"rank 0 or 1 and no weight_zero|Hopper only|without the wgmma"):
+        run(layer, x, tile=Tile.WGMMA_128X192)
+    with pytest.raises(QvditError, match=r"rank 0 or 1|Hopper only|without the wgmma"):
+        run(random_layer(128, 64, 4, True, (), 0), x, tile=Tile.WGMMA_128X192, out_dtype=torch.int32)
+
+
 @pytest.mark.parametrize("rank", [0, 1, 4, 10])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("m", "segment"), [(1, 128), (129, 256), (300, 384)])
@@ -316,12 +349,16 @@ def test_linears_below_each_other(m, segment, rank, symmetric):
             segment,
         )
 
-    for tile in tiles(3 * segment, 2):
-        if segment % 256 and tile in (Tile.MMA_128X256, Tile.WGMMA_128X256):
+    for tile in [Tile.AUTO, *tiles(3 * segment, 2, rank)]:
+        if segment % COLUMNS.get(tile, 128):
             with pytest.raises(QvditError, match="segments of"):
                 linear(int(tile), *layers)
         else:
-            assert torch.equal(linear(int(tile), *layers), torch.cat([linear(int(tile), la) for la in layers], 1))
+            apart = torch.cat([linear(int(tile), layer) for layer in layers], 1)
+            if tile == Tile.AUTO:  # may choose another kernel, which adds the same terms in another order
+                torch.testing.assert_close(linear(0, *layers), apart, rtol=2.0**-7, atol=1e-3)
+            else:
+                assert torch.equal(linear(int(tile), *layers), apart)
 
 
 def test_segments_that_split_tiles_are_refused():

@@ -253,7 +253,7 @@ def test_frames_are_those_of_the_reference():
     found = quantize(
         x, 8, True, alpha=alpha, frame_gain=gain, tokens_per_frame=FrameRows.SEQUENCE.tokens_per_frame(12, 3)
     )
-    torch.testing.assert_close(found[3], expected.reshape(-1, 1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[3], expected.reshape(1, -1), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.unguarded

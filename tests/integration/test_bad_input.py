@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-SMALL = ("--prompt-count", "1", "--steps", "2", "--records", "2", "--videos", "1", "--device", "cpu", "--threads", "1")
+SMALL = ("--prompt-count", "1", "--steps", "2", "--records", "2", "--videos", "1", "--compute", "cpu", "--threads", "1")
 WEIGHTS = Path("transformer") / "diffusion_pytorch_model.safetensors"
 
 
@@ -66,7 +66,11 @@ def broken(wan_folder: Path, tmp_path: Path) -> Path:
         (("--recipe", "magic"), ("'magic'", "qvdit", "smoothquant")),
         (("--recipe", "no/such.yaml"), ("no/such.yaml", "a YAML file")),
         (("--target", "phone"), ("'phone'", "onnxruntime, tensorrt")),
-        (("--device", "tpu"), ("'tpu'", "cpu")),
+        (("--compute", "tpu"), ("'tpu'", "cpu")),
+        (("--target", "tensorrt", "--device", "cuda"), ("'cuda'", "orin, thor, local", "--compute")),
+        (("--target", "tensorrt", "--device", "orin", "--jetpack", "4"), ("'4'", "6.0, 6.1, 6.2")),
+        (("--device", "orin"), ("--device orin", "--target tensorrt")),
+        (("--jetpack", "6.0"), ("--jetpack 6.0", "--device")),
         (("--layer-bits", "*.ffn.*"), ("'*.ffn.*'", "GLOB=BITS")),
         (("--layer-bits", "*.ffn.*=many"), ("'*.ffn.*=many'", "GLOB=BITS")),
         (("--layer-bits", "=8"), ("'=8'", "GLOB=BITS")),

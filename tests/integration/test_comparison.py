@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-SMALL = ("--videos", "2", "--seeds", "2", "--prompt-count", "3", "--steps", "2", "--records", "2", "--device", "cpu")
+SMALL = ("--videos", "2", "--seeds", "2", "--prompt-count", "3", "--steps", "2", "--records", "2", "--compute", "cpu")
 TRAINED = ("--distill-steps", "2", "--distill-batch", "2", "--learning-rates", "1e-4,1e-3")
 CELLS = 7  # full precision; rtn and qvdit at w3a6 in both regimes and at w2a6
 
@@ -26,6 +26,14 @@ def compare(cli: Cli, wan_folder: Path, tmp_path: Path) -> Cli:
         return cli("qvdit", "compare", *chosen, *SMALL, *TRAINED, *options)
 
     return call
+
+
+def test_several_processes_fill_one_table(compare: Cli, tmp_path: Path):
+    code, said, problems = compare("--regimes", "uniform", "--recipes", "rtn,quarot", "--processes", "2")
+    assert code == 0, said + problems
+    cells = read(tmp_path / "out" / "quality.json")["cells"]
+    assert len(cells) == 5  # full precision, and two recipes at two widths
+    assert {line[:3] for line in problems.splitlines() if line.startswith("[")} == {"[0]", "[1]"}
 
 
 def read(path: Path) -> Any:
@@ -86,7 +94,7 @@ def test_nothing_to_render(cli: Cli, tmp_path: Path):
 
 
 def test_interrupted(compare: Cli, monkeypatch: pytest.MonkeyPatch):
-    def interrupt(*_: Any) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("qvdit.method.calibration.record", interrupt)

@@ -30,7 +30,7 @@ from qvdit.method import recipe as recipes
 from qvdit.runtimes.parity import check_bundle
 
 SCRIPTS = Path(sys.executable).parent
-SMALL = ("--prompt-count", "2", "--steps", "2", "--records", "2", "--videos", "1", "--device", "cpu", "--threads", "1")
+SMALL = ("--prompt-count", "2", "--steps", "2", "--records", "2", "--videos", "1", "--compute", "cpu", "--threads", "1")
 LAYERS = 20
 METRICS = {
     "scene_consistency",
@@ -451,11 +451,11 @@ def test_killed_calibration_keeps_its_videos(tmp_path: Path, make_job: Any, monk
     with pytest.raises(KilledError):
         make_job(tmp_path / "out", killed_at("calibrate", 1)).run("calibrate")
     sampled = []
-    record = calibration._record_one
-    monkeypatch.setattr(calibration, "_record_one", lambda *args: sampled.append(args[3]) or record(*args))
+    record = calibration._record_some
+    monkeypatch.setattr(calibration, "_record_some", lambda *args: sampled.extend(args[3]) or record(*args))
     job = make_job(tmp_path / "out")
     job.run("calibrate")
-    assert sampled == [job.plan.prompts[1]]
+    assert sampled == [1]
 
 
 @pytest.mark.usefixtures("quick")
@@ -602,6 +602,7 @@ def test_doctor_command(cli: Any) -> None:
     assert f"recipes: {', '.join(recipes.names())}" in stdout
     assert "onnxruntime target: ready" in stdout
     assert "tensorrt target: " in stdout
+    assert "plugin for Jetson Orin, JetPack 6.2: " in stdout
 
 
 @pytest.mark.usefixtures("quick")
@@ -627,6 +628,33 @@ def test_tensorrt_target_writes_all_but_the_engine(copied: Path, wan_folder: Pat
     for layer in found:
         for name, value in arrays(layer).items():
             np.testing.assert_array_equal(value, held[layer.name][name])
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_folder_for_a_device(copied: Path, wan_folder: Path, cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OUT/edge is a bundle of its own that carries everything; without tools the sources alone go along."""
+    monkeypatch.setenv("CUDACXX", "/no/nvcc")
+    options = ("--model", wan_folder, "--out", copied, "--target", "tensorrt", *SMALL)
+    code, stdout, _ = cli("qvdit-export", *options, "--device", "orin", "--jetpack", "6.0")
+    assert code == 0
+    text = " ".join(stdout.split())
+    assert f"edge {copied}/edge for Jetson Orin, JetPack 6.0, TensorRT 8.6: copy it there and run ./build.sh" in text
+    assert "without a compiled plugin (no /no/nvcc): build.sh compiles it on the device" in text
+    edge = copied / "edge"
+    files = verify(edge).files
+    assert {"build.sh", "device.json", "tensorrt/layers.onnx", "csrc/runner/main.cc"} <= set(files)
+    plan = load_file(edge / "sample" / "plan.safetensors")
+    videos = load_file(copied / "work" / "videos.safetensors")
+    np.testing.assert_array_equal(plan["reference"], videos["quantized"][:1])
+    assert len(plan["timesteps"]) == len(plan["gain"]) == 2
+    code, stdout, _ = cli("qvdit", "parity", edge, "--threads", "1")
+    assert code == 0
+    assert "20 compared, 0 with integers that differ" in stdout
+    # The same command again finds it done; another quantization takes the stale folder's manifest away.
+    code, stdout, _ = cli("qvdit-export", *options, "--device", "orin", "--jetpack", "6.0")
+    assert "edge" in next(line for line in stdout.splitlines() if line.startswith("reused"))
+    assert cli("qvdit", "export", *options, "--bits", "w8a8")[0] == 2  # no engine is built here
+    assert not (edge / "manifest.json").exists()
 
 
 @pytest.mark.usefixtures("quick")

@@ -159,6 +159,21 @@ def test_an_interrupted_run_resumes_and_gives_the_same(tiny_pipeline, tmp_path):
     assert count.calls == 2 * 3  # and now nothing is
 
 
+def test_prompts_recorded_together_give_what_each_gives_alone(tiny_pipeline, tmp_path):
+    alone = run(tiny_pipeline, tmp_path / "alone", prompts=PROMPTS)
+    record(tiny_pipeline, WanAdapter(), plan(prompts=PROMPTS[:1]), tmp_path / "together")
+    count = Countdown(tiny_pipeline.transformer, stop_at=-1)
+    folder = tmp_path / "together"
+    together = record(tiny_pipeline, WanAdapter(), plan(prompts=PROMPTS), folder, together=8)
+    assert count.calls == 3  # the steps of one batch of two: the first was there
+    for expected, found in zip(map(load_file, alone.shards), map(load_file, together.shards), strict=True):
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=1e-5)
+    assert run(tiny_pipeline, folder, prompts=PROMPTS).shards == together.shards
+    assert count.calls == 3  # both ways of recording leave the same plan's shards
+
+
 def test_the_recording_hook_is_removed_when_a_run_stops(tiny_pipeline, tmp_path):
     count = Countdown(tiny_pipeline.transformer, stop_at=2)
     with pytest.raises(StoppedError):

@@ -7,6 +7,7 @@ import json
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from qvdit.contract import WEIGHT_BITS, FrameRows, LowBitLayer, QvditError, StaticInt8Layer
 from qvdit.contract.checkpoint import CONFIG, WEIGHTS, QuantizedCheckpoint, load, save
@@ -208,3 +209,16 @@ def test_damaged_configuration_is_told(tmp_path, mixed):
     path.write_text(path.read_text()[:-10])
     with pytest.raises(QvditError, match="not JSON"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_signs_take_a_bit_each(tmp_path, scale):
+    layer = dataclasses.replace(shaped("rotated", 3, True), inv_smooth=np.resize(np.float32([1, -1, -1]), 40) * scale)
+    save(checkpoint(layer), tmp_path)
+    assert_same_layer(load(tmp_path).layers[0], layer)
+    held = load_file(tmp_path / WEIGHTS)
+    if scale == 1:
+        assert "rotated:inv_smooth" not in held
+        assert (held["rotated:signs"].dtype, held["rotated:signs"].shape) == (np.uint8, (5,))
+    else:
+        assert held["rotated:inv_smooth"].nbytes == 160

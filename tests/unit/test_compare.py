@@ -474,13 +474,13 @@ def test_pooled_trials_keep_each_prompts_noise():
 
 
 def test_all_recipes_but_the_static_one_in_the_tables_order():
-    names = [recipe.name for recipe in CompareSettings(device="cpu").chosen_recipes]
+    names = [recipe.name for recipe in CompareSettings(compute="cpu").chosen_recipes]
     assert set(names) == set(recipes.names()) - {"int8-static"}
     assert (names[0], names[-1]) == ("rtn", "qvdit")
 
 
 def test_fresh_prompts_are_no_calibration_prompts():
-    settings = CompareSettings(models="wan-shapes", device="cpu", videos=8, seeds=3, prompt_count=4)
+    settings = CompareSettings(models="wan-shapes", compute="cpu", videos=8, seeds=3, prompt_count=4)
     found = settings.terms
     assert len(found.trial.prompts) == len(set(found.trial.seeds)) == 24
     assert not set(found.trial.prompts) & set(read_prompts(shipped_prompts()))
@@ -489,9 +489,10 @@ def test_fresh_prompts_are_no_calibration_prompts():
 
 
 def test_defaults_follow_the_device(monkeypatch: pytest.MonkeyPatch):
-    assert (CompareSettings(device="cpu").training.steps, CompareSettings(device="cpu").sampling_batch) == (0, 32)
+    assert (CompareSettings(compute="cpu").training.steps, CompareSettings(compute="cpu").sampling_batch) == (0, 32)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert (CompareSettings(device="cuda").training.steps, CompareSettings(device="cuda").sampling_batch) == (1000, 256)
+    on_gpu = CompareSettings(compute="cuda")
+    assert (on_gpu.training.steps, on_gpu.sampling_batch) == (1000, 256)
 
 
 @pytest.mark.parametrize(
@@ -509,7 +510,7 @@ def test_defaults_follow_the_device(monkeypatch: pytest.MonkeyPatch):
 )
 def test_wrong_settings(changes: dict[str, Any], message: str):
     with pytest.raises(QvditError, match=message):
-        CompareSettings(**{"models": "wan-shapes", "device": "cpu", "videos": 2, **changes}).tasks()
+        CompareSettings(**{"models": "wan-shapes", "compute": "cpu", "videos": 2, **changes}).tasks()
 
 
 # Sampling -------------------------------------------------------------------------------------------------------------
@@ -579,3 +580,15 @@ def test_a_new_field_of_recipes_changes_no_cell():
     assert plan._content(dataclasses.replace(RTN, rotation_below=9)) == content
     assert plan._content(dataclasses.replace(RTN, rotation_below=4)) != content
     assert plan._content(recipes.override(RTN, weights={"group": 8}))["weights"] == {"group": 8}
+
+
+def test_the_committed_cells_stay_valid(monkeypatch: pytest.MonkeyPatch):
+    """Cells that do not train keep their keys, whatever is added to recipes and whatever the training budget is."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    settled = CompareSettings(device="cuda", distillation_steps=400)
+    keys = {task.key(settled.terms) for task in settled.tasks() if not task.trains}
+    folder = Path(__file__).parents[1] / "benchmarks" / "results" / "cells"
+    committed = [json.loads(path.read_text()) for path in folder.glob("cell-*.json")]
+    untrained = {cell["key"] for cell in committed if cell["budget"] is None}
+    assert untrained
+    assert untrained <= keys

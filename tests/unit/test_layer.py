@@ -34,7 +34,8 @@ def floats(*shape: int) -> np.ndarray:
             {"weight_scale": floats(5, 11), "weight_zero": np.zeros((5, 11), np.int8)},
             5 * 64 * 2 + 55 * 32 + 55 * 8,
         ),
-        (4, {"inv_smooth": floats(33)}, 5 * 64 * 4 + 5 * 32 + 33 * 32),
+        (4, {"inv_smooth": 2 * floats(33)}, 5 * 64 * 4 + 5 * 32 + 33 * 32),
+        (4, {"inv_smooth": np.resize(np.float32([1, -1, -1]), 33)}, 5 * 64 * 4 + 5 * 32 + 40),
         (6, {"alpha": floats(33, 2), "beta": floats(2, 5)}, 5 * 64 * 6 + 5 * 32 + 66 * 32 + 10 * 32),
         (
             3,

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qvdit.contract import WEIGHT_BITS
-from qvdit.contract.packing import pack, packed_words, unpack
+from qvdit.contract.packing import pack, pack_signs, packed_words, unpack, unpack_signs
 
 # Codes u = q + 2^(b-1), five values and the padding (u of q = 0), value i in bits b·i … b·i + b - 1.
 GOLDEN = {
@@ -124,3 +124,16 @@ def test_words_in_any_memory_order_unpack_alike():
     words = pack(weight_q, 4)
     np.testing.assert_array_equal(unpack(np.asfortranarray(words), 4, 70), weight_q)
     np.testing.assert_array_equal(unpack(words.astype(">u4"), 4, 70), weight_q)
+
+
+@given(st.lists(st.sampled_from([1.0, -1.0]), min_size=1, max_size=70))
+def test_signs_come_back(signs):
+    values = np.array(signs, np.float32)
+    packed = pack_signs(values)
+    assert (packed.dtype, len(packed)) == (np.uint8, -(-len(values) // 8))
+    assert (packed[0] & 1) == (signs[0] < 0)
+    found = unpack_signs(packed, len(values))
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, values)
+    with pytest.raises(ValueError, match="signs of"):
+        unpack_signs(packed, len(values) + 8)

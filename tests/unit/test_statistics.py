@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from qvdit.contract import FrameRows, QvditError
 from qvdit.method.calibration import CalibrationData, CalibrationPlan, record
 from qvdit.method.statistics import collect, load
-from qvdit.models import Site, WanAdapter
+from qvdit.models import LatteAdapter, Site, WanAdapter
 from qvdit.reference import world
 
 
@@ -211,6 +211,27 @@ def test_a_model_against_a_direct_computation(tiny_wan, recorded, tmp_path):
         torch.testing.assert_close(found.abs_max_by_step.double(), abs_max, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(found.mean.double(), mean, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(found.second_moment.double(), moment, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["wan", "latte"])
+def test_shards_that_share_a_pass_give_what_each_gives_alone(family, wan_model, latte_model, example_inputs, tmp_path):
+    model, adapter = (wan_model, WanAdapter()) if family == "wan" else (latte_model, LatteAdapter())
+    shards = []
+    for index in range(3):
+        shape = (model.config.in_channels, 4, 8, 8)
+        text_dim = model.config.text_dim if family == "wan" else model.config.caption_channels
+        first, second = (example_inputs(shape, text_dim, seed=2 * index + i) for i in range(2))
+        tensors = {name: torch.cat([first[name], second[name]]) * (1 + index) for name in first}
+        shards.append(tmp_path / str(index))
+        save_file({**tensors, "step": torch.tensor([0, 0, 4, 4])}, shards[-1])
+    data, sites = CalibrationData(tuple(shards)), adapter.sites(model)
+    alone = collect(model, sites, data, tmp_path / "alone")
+    for together in (2, 8):
+        found = collect(model, sites, data, tmp_path / f"together-{together}", together=together)
+        assert found.inputs.keys() == alone.inputs.keys()
+        for name, expected in alone.inputs.items():
+            for field, tensor in vars(expected).items():
+                torch.testing.assert_close(getattr(found.inputs[name], field), tensor, rtol=1e-4, atol=1e-5)
 
 
 def test_every_linear_of_the_blocks_is_a_site(tiny_wan):

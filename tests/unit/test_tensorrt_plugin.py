@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +21,7 @@ import pytest
 from test_tensorrt_core import BF16, F16, F32, FULL, HERE, LAYER, OTHER, PLUGIN, S32, Tensor, addresses, tensor
 
 from qvdit.contract.packing import packed_words
+from qvdit.export.cross import header_version
 from qvdit.runtimes import cuda
 
 FLAGS = ("-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-Wl,-Bsymbolic")
@@ -30,16 +30,6 @@ MISSING = "NO TENSORRT HEADERS OF THIS VERSION HERE: THE PLUGIN IS NOT COMPILED 
 VERSIONS = ("8.6", "10.3", "10.13", "11.1")
 LINEAR, CHW4 = 0, 3  # nvinfer1::TensorFormat
 TYPES = {F32: 0, F16: 1, S32: 3, BF16: 7}  # nvinfer1::DataType
-
-
-def header_version(include: Path) -> str:
-    """As "8.6"; empty where there are no headers."""
-    file = include / "NvInferVersion.h"
-    text = file.read_text(errors="replace") if file.is_file() else ""
-    found = [
-        re.search(rf"#define (?:NV_TENSORRT|TRT)_{part}(?:_ENTERPRISE)? (\d+)", text) for part in ("MAJOR", "MINOR")
-    ]
-    return ".".join(match[1] for match in found if match)
 
 
 def includes() -> dict[str, Path]:

@@ -10,7 +10,7 @@ from qvdit.contract import FrameRows
 from qvdit.method import operator
 from qvdit.method.lowbit import LowBitLinear
 from qvdit.method.quantization import near_integers
-from qvdit.method.training import TrainableLinear, half_term, round_through
+from qvdit.method.training import TrainableLinear, half_term, rotated_by_product, round_through
 from qvdit.method.weights import WeightGrid, round_second_order, search_grid
 
 N, K, T, P, R = 6, 40, 3, 4, 2
@@ -276,6 +276,15 @@ def test_near_integers_moves_no_further_than_it_must():
     weight = torch.tensor([[2.3, 2.9, -0.2]])
     found = near_integers(weight, torch.tensor([[2.0, 2.0, 5.0]]), grid)
     torch.testing.assert_close(found, torch.tensor([[2.3, 2.4, 4.6]]))
+
+
+@pytest.mark.parametrize(("features", "block"), [(8, 8), (40, 8), (640, 128), (256, 256)])
+def test_a_rotation_as_a_product_is_the_butterflys(features, block):
+    x, matrix = draw(3, 5, features), operator.walsh_hadamard(torch.eye(block), block)
+    assert torch.equal(matrix.abs(), torch.ones(block, block))
+    torch.testing.assert_close(rotated_by_product(x, matrix), operator.walsh_hadamard(x, block), rtol=1e-5, atol=1e-4)
+    whole = torch.randint(-9, 9, (4, features)).float()  # of integers every order gives the same sums
+    assert torch.equal(rotated_by_product(whole, matrix), operator.walsh_hadamard(whole, block))
 
 
 def test_a_rotation_does_not_change_how_far_a_step_goes():

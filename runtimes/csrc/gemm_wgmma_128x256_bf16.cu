@@ -1,9 +1,0 @@
-#include "gemm_wgmma.cuh"
-
-namespace qvdit {
-
-int32_t gemm_wgmma_128x256_bf16(const qvdit_gemm_args& args, cudaStream_t stream) {
-  return WgmmaGemm<cutlass::bfloat16_t, 256, false>::run(args, stream);
-}
-
-}  // namespace qvdit

@@ -1,7 +1,7 @@
 """Make the bundles that engines are proven on: the shipped models at several widths and as static INT8, side by side.
 
     python3 tests/gpu/bundles.py OUT [--models wan-shapes,latte-shapes] [--widths w8a8,w4a8,w3a8,w3a6,int8-static]
-                                     [--device auto] [--jobs N]
+                                     [--compute auto] [--jobs N]
 
 A model may be a pipeline's folder (tests/gpu/families.py writes random ones). OUT/MODEL-WIDTH is a bundle up to its
 parity files, of a short calibration and without distillation: it proves an engine, not the method. What is there is
@@ -73,7 +73,7 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--models", default="wan-shapes,latte-shapes")
     parser.add_argument("--widths", default=f"w8a8,w4a8,w3a8,w3a6,{STATIC}")
-    parser.add_argument("--device", default="auto", help="of calibration and quantization: auto, cpu or cuda")
+    parser.add_argument("--compute", default="auto", help="of calibration and quantization: auto, cpu or cuda")
     parser.add_argument("--jobs", type=int, help="bundles made at once (default: one for two cores)")
     given = parser.parse_args()
     models, widths = given.models.split(","), given.widths.split(",")
@@ -84,10 +84,10 @@ def main() -> int:
     # Spawned: PyTorch and CUDA do not survive a fork. One process a bundle: its memory is gone with it.
     with ProcessPoolExecutor(jobs, get_context("spawn"), max_tasks_per_child=1) as pool:
         first = [(model, widths[0]) for model in models]
-        failed = make_all(pool, given.out, first, given.device, max(cores // len(models), 1), "statistics")
+        failed = make_all(pool, given.out, first, given.compute, max(cores // len(models), 1), "statistics")
         if not failed:
             names = [(model, width) for model in models for width in widths]
-            failed = make_all(pool, given.out, names, given.device, max(cores // jobs, 1), "parity")
+            failed = make_all(pool, given.out, names, given.compute, max(cores // jobs, 1), "parity")
     print(f"bundles in {time.monotonic() - start:.0f} s, {len(failed)} failed", flush=True)
     return 1 if failed else 0
 

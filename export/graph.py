@@ -151,7 +151,7 @@ def _low_bit(layer: LowBitLayer) -> Fill:
                 held[name] = editor.constant(f"{layer.name}:{name}", value, kind)
         before: list[onnx.NodeProto] = []
         if Variant.of(layer).frame_gain:
-            held["tokens_per_frame"], before = _tokens_per_frame(layer, node.input[0], editor)
+            held["tokens_per_frame"], before = tokens_per_frame(layer, node.input[0], editor)
         inputs = [held.get(name, "") for name in INPUTS]
         while not inputs[-1]:
             inputs.pop()
@@ -164,7 +164,7 @@ def _low_bit(layer: LowBitLayer) -> Fill:
     return build
 
 
-def _tokens_per_frame(layer: LowBitLayer, x: str, editor: GraphEditor) -> tuple[str, list[onnx.NodeProto]]:
+def tokens_per_frame(layer: LowBitLayer, x: str, editor: GraphEditor) -> tuple[str, list[onnx.NodeProto]]:
     """P of a layer's input [..., L, K] as a value of the graph, and the nodes that compute it."""
     assert layer.frame_gain is not None
     if layer.rows is FrameRows.TEMPORAL:

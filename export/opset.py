@@ -21,7 +21,7 @@ from qvdit.contract import QvditError
 from qvdit.export.functions import DOMAIN
 
 TENSORRT_OPSET = 17
-_IR_VERSION = 8  # of opset 17
+_IR_VERSIONS = {17: 8, 21: 10}  # by opset
 
 # Changed after 17, but only in the types they take.
 _SAME = {"Cast", "Constant", "ConstantOfShape", "Equal", "Flatten", "Identity", "Reshape", "Size", "Squeeze"}
@@ -58,15 +58,27 @@ _CONSTANTS = {
 }
 
 
-def lowered(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of a model at opset 17; its Gelus must be float32. An operator with no way there raises QvditError."""
+def lowered(model: onnx.ModelProto, opset: int = TENSORRT_OPSET) -> onnx.ModelProto:
+    """A copy of a model at opset 17, or at 21 with Gelus as older parsers know them, too.
+
+    Its Gelus must be float32. An operator with no way there raises QvditError.
+    """
     result = onnx.ModelProto()
     result.CopyFrom(model)
-    version = next(opset for opset in result.opset_import if not opset.domain)
-    nodes = [lower for node in result.graph.node for lower in _lowered(node, result.graph, version.version)]
+    version = next(imported for imported in result.opset_import if not imported.domain)
+    nodes: list[onnx.NodeProto] = []
+    for node in result.graph.node:
+        if opset == TENSORRT_OPSET:
+            nodes += _lowered(node, result.graph, version.version)
+        elif node.op_type == "Gelu" and not node.domain:
+            nodes += _gelu(node, result.graph)
+        elif node.domain == DOMAIN or _since(node, version.version) <= opset:
+            nodes.append(node)
+        else:
+            raise _no_way(f"{node.op_type} of opset {version.version}", opset)
     del result.graph.node[:]
     result.graph.node.extend(nodes)
-    version.version, result.ir_version = TENSORRT_OPSET, _IR_VERSION
+    version.version, result.ir_version = opset, _IR_VERSIONS[opset]
     return result
 
 
@@ -81,8 +93,8 @@ def _lowered(node: onnx.NodeProto, graph: onnx.GraphProto, opset: int) -> list[o
     return [node]
 
 
-def _no_way(what: str) -> QvditError:
-    return QvditError(f"a model with {what}", f"operators that opset {TENSORRT_OPSET} has", "use --target onnxruntime")
+def _no_way(what: str, opset: int = TENSORRT_OPSET) -> QvditError:
+    return QvditError(f"a model with {what}", f"operators that opset {opset} has", "use --target onnxruntime")
 
 
 def _drop_attributes(node: onnx.NodeProto, *names: str) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import onnx
 import onnx.helper
 
-from qvdit.contract.bundle import TENSORRT_LAYERS, TENSORRT_MODEL
+from qvdit.contract.bundle import TENSORRT_INT4_MODEL, TENSORRT_LAYERS, TENSORRT_MODEL
 from qvdit.contract.layer import Layer, StaticInt8Layer
 from qvdit.export.files import save_model
 from qvdit.export.functions import DOMAIN
@@ -33,6 +33,7 @@ from qvdit.export.layers import layers_model, static_layers_model
 from qvdit.export.opset import TENSORRT_OPSET, lowered
 from qvdit.export.plugin import plugin_model
 from qvdit.export.precision import LowType, strongly_typed
+from qvdit.export.weight_only import WEIGHT_ONLY_OPSET, refuse_unfit, unfit, weight_only_model
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,18 @@ def export_tensorrt(
     return [*files, *_export_layers(model.layers, bundle)]
 
 
+def export_weight_only(model: TracedModel, bundle: Path, low: LowType = "float16") -> list[Path]:
+    """Write ``tensorrt/model.int4.onnx``, for TensorRT 10 and later, checked in full; returns its files.
+
+    Layers that do not fit raise QvditError, and nothing is written.
+    """
+    refuse_unfit({layer.name: unfit(layer) for layer in model.layers})
+    typed, kept = _typed(model, low, WEIGHT_ONLY_OPSET)
+    files = save_model(weight_only_model(typed, model.layers, kept), bundle / TENSORRT_INT4_MODEL)
+    check(str(bundle / TENSORRT_INT4_MODEL))
+    return files
+
+
 def _export_layers(layers: Sequence[Layer], bundle: Path) -> list[Path]:
     static = [layer for layer in layers if isinstance(layer, StaticInt8Layer)]
     if len(static) == len(layers):
@@ -70,16 +83,24 @@ def tensorrt_model(
     model: TracedModel, low: LowType = "float16", merge: bool = True, also_low: Collection[str] = ()
 ) -> onnx.ModelProto:
     """The model for TensorRT; merge: one plugin node for queries, keys and values where they allow it."""
+    static = [layer for layer in model.layers if isinstance(layer, StaticInt8Layer)]
+    typed, kept = _typed(model, low, TENSORRT_OPSET, also_low)
+    if len(static) == len(model.layers):
+        return static_model(typed, static, kept)
+    return plugin_model(typed, model.layers, kept, merge)
+
+
+def _typed(
+    model: TracedModel, low: LowType, opset: int, also_low: Collection[str] = ()
+) -> tuple[onnx.ModelProto, dict[str, FullWeights]]:
+    """The strongly typed graph at an opset, and the weights of the linears that stay in full precision."""
     quantized = {layer.name: layer for layer in model.layers}
     kept = {name: weights for name, weights in model.full_weights.items() if name not in quantized}
     widths = {name: layer.shape for name, layer in quantized.items()}
     widths |= {name: (weight.shape[0], weight.shape[1]) for name, (weight, _) in kept.items()}
-    static = [layer for layer in model.layers if isinstance(layer, StaticInt8Layer)]
-    names = [layer.name for layer in static]
-    typed = lowered(strongly_typed(onnx.load(model.graph), widths, low, model.largest, names, also_low=also_low))
-    if len(static) == len(model.layers):
-        return static_model(typed, static, kept)
-    return plugin_model(typed, model.layers, kept, merge)
+    static = [layer.name for layer in model.layers if isinstance(layer, StaticInt8Layer)]
+    typed = strongly_typed(onnx.load(model.graph), widths, low, model.largest, static, also_low=also_low)
+    return lowered(typed, opset), kept
 
 
 def static_model(

@@ -47,6 +47,14 @@ Device = Annotated[
 JetPack = Annotated[
     str | None, typer.Option(help="A Jetson's software: 6.0, 6.1 or 6.2 for orin, 7.0 for thor (default: newest).")
 ]
+WeightOnly = Annotated[
+    bool,
+    typer.Option(
+        "--weight-only",
+        help="With --target tensorrt: tensorrt/model.int4.onnx as well, INT4 weights for TensorRT 10 and later, "
+        "activations in floating point.",
+    ),
+]
 Prompts = Annotated[Path | None, typer.Option(help="Text file of calibration prompts, one a line (default: shipped).")]
 PromptCount = Annotated[int | None, typer.Option(min=1, help="Prompts to sample (default: 4 on a CPU, 48 on a GPU).")]
 Steps = Annotated[int, typer.Option(min=1, help="Steps of the sampler, for calibration and videos.")]
@@ -94,6 +102,7 @@ def _stage_command(last: str) -> Callable[..., None]:
         target: Target = "onnxruntime",
         device: Device = None,
         jetpack: JetPack = None,
+        weight_only: WeightOnly = False,
         prompts: Prompts = None,
         prompt_count: PromptCount = None,
         steps: Steps = 20,
@@ -119,6 +128,7 @@ def _stage_command(last: str) -> Callable[..., None]:
             target=target,
             device=device,
             jetpack=jetpack,
+            weight_only=weight_only,
             prompts=prompts,
             prompt_count=prompt_count,
             steps=steps,
@@ -199,13 +209,19 @@ def run(
 
 
 @app.command()
-def parity(bundle: Bundle, threads: Threads = 2) -> None:
+def parity(
+    bundle: Bundle,
+    threads: Threads = 2,
+    device: Annotated[str, typer.Option(help="Where ONNX Runtime runs: cpu, cuda or cuda:N.")] = "cpu",
+) -> None:
     """Check a bundle against the reference run it carries: every layer's integers, then the whole model. No PyTorch."""
     from qvdit.contract.bundle import verify
+    from qvdit.runtimes import check_device
     from qvdit.runtimes.parity import check_bundle
 
+    check_device(device)
     verify(bundle)
-    layers, model = check_bundle(bundle, threads)
+    layers, model = check_bundle(bundle, threads, device)
     table = Table("layer", "x_q differ", "acc differ", "relative error")
     for layer in layers:
         if layer.xq_mismatches or layer.acc_mismatches:

@@ -26,6 +26,7 @@ from qvdit.contract.bundle import (
     PARITY_INPUTS,
     PARITY_REFERENCE,
     QDQ_MODEL,
+    TENSORRT_INT4_MODEL,
     TENSORRT_LAYERS,
     TENSORRT_MODEL,
     Manifest,
@@ -34,7 +35,7 @@ from qvdit.contract.bundle import (
 )
 from qvdit.contract.files import read_json, sha256, write_json
 from qvdit.contract.kernels import unserved_shape
-from qvdit.contract.layer import Layer, WeightSize, group_size
+from qvdit.contract.layer import Layer, WeightSize, group_size, rotation_block
 from qvdit.method import calibration, quantization, statistics
 from qvdit.method.calibration import Progress, no_progress
 from qvdit.models.loading import WORLD_PIPELINE, SourceModel, find_model
@@ -42,6 +43,7 @@ from qvdit.settings import (
     JobSettings,
     calibration_plan,
     check_target,
+    check_weight_only,
     choose_compute,
     choose_edge,
     choose_recipe,
@@ -71,6 +73,7 @@ class Job:
         self.recipe = choose_recipe(settings)
         check_target(settings.target)
         self.edge_device = choose_edge(settings)
+        check_weight_only(settings, self.recipe)
         quantization.check_bits(self.recipe, self.bits)
         self.device = choose_compute(settings.compute)
         self.source: SourceModel = find_model(settings.model)
@@ -124,6 +127,8 @@ class Job:
             self._check_layer_bits()
         if self.settings.target == "tensorrt" and self.recipe.kind == "dynamic":
             self._check_plugin()
+        if self.settings.weight_only:
+            self._check_weight_only()
         for name in STAGES[: STAGES.index(last) + 1]:
             with self.observe(name) as progress:
                 getattr(self, name)(progress)
@@ -205,7 +210,7 @@ class Job:
     def export(self, progress: Progress) -> None:
         """Write the ONNX files, what is not quantized, and the manifest that makes the folder a bundle."""
         from qvdit.export.bundle import export_onnx
-        from qvdit.export.tensorrt import TracedModel, export_tensorrt
+        from qvdit.export.tensorrt import TracedModel, export_tensorrt, export_weight_only
         from qvdit.magnitudes import largest_values
         from qvdit.models import kept
 
@@ -222,9 +227,11 @@ class Job:
                 largest = largest_values(self.work / "baseline.onnx", example, self.settings.threads)
                 traced = TracedModel(self.work / "traced.onnx", self.layers, full, largest)
                 written.extend(export_tensorrt(traced, self.out))
+                written.extend(export_weight_only(traced, self.out) if self.settings.weight_only else [])
 
         # A folder exported before its bundle held KEPT_WEIGHTS, or for TensorRT at another opset, is exported again.
         target = [self.settings.target, *(["opset 17", TENSORRT_LAYERS] if self.settings.target == "tensorrt" else [])]
+        target += [TENSORRT_INT4_MODEL] if self.settings.weight_only else []
         key = [self.stages.result("quantize"), self.stages.result("trace"), *target, KEPT_WEIGHTS]
         self.stages.run("export", key, lambda: written, work)
         self._keep_manifest()
@@ -403,6 +410,20 @@ class Job:
                 reasons[site.name] = unserved_shape(k, group, rank)
         refuse_unserved(reasons)
 
+    def _check_weight_only(self) -> None:
+        """Refuse layers whose weights INT4 in blocks cannot hold, before hours are spent on them."""
+        from qvdit.export.weight_only import refuse_unfit, unfit_shape
+
+        reasons = {}
+        for site in self.sites:
+            k = self.pipeline.transformer.get_submodule(site.name).in_features
+            bits = self.recipe.weight_bits(site.name, self.bits.weight)
+            rotation = rotation_block(k) if self.recipe.rotates(self.bits) else 0
+            symmetric, group = self.recipe.weights.symmetric_from <= bits, group_size(k, self.recipe.weights.group)
+            if bits != 16:
+                reasons[site.name] = unfit_shape(bits, symmetric, rotation, k, group)
+        refuse_unfit(reasons)
+
     def _withdraw(self) -> None:
         """Take away, manifest first, what tells of an earlier export: from here on the folder is no whole bundle."""
         if (self.out / MANIFEST).is_file():
@@ -410,7 +431,7 @@ class Job:
                 there = read_manifest(self.out)
                 self.replaced = f"{there.recipe} {there.bits}"
         stale = (MANIFEST, KEPT_WEIGHTS, PARITY_INPUTS, PARITY_REFERENCE, PARITY_HALF, "report.json", "report.html")
-        models = (QDQ_MODEL, ORT_MODEL, TENSORRT_MODEL, TENSORRT_LAYERS)
+        models = (QDQ_MODEL, ORT_MODEL, TENSORRT_MODEL, TENSORRT_INT4_MODEL, TENSORRT_LAYERS)
         for name in (*stale, *models, *(f"{model}.data" for model in models)):
             (self.out / name).unlink(missing_ok=True)
         (self.out / EDGE / MANIFEST).unlink(missing_ok=True)
@@ -430,7 +451,8 @@ class Job:
         names = [f"quantized/{checkpoint.CONFIG}", f"quantized/{checkpoint.WEIGHTS}", KEPT_WEIGHTS]
         names += [QDQ_MODEL, ORT_MODEL]
         names += [TENSORRT_MODEL, TENSORRT_LAYERS] if self.settings.target == "tensorrt" else []
-        names += [f"{name}.data" for name in (QDQ_MODEL, ORT_MODEL, TENSORRT_MODEL, TENSORRT_LAYERS)]
+        names += [TENSORRT_INT4_MODEL] if self.settings.weight_only else []
+        names += [f"{name}.data" for name in names if name.endswith(".onnx")]
         return [name for name in names if (self.out / name).is_file()]
 
     def _keep_manifest(self) -> None:

@@ -43,6 +43,7 @@ class JobSettings:
     calibration: Path | None = None  # folder of calibration data and statistics, OUT/work/calibration when absent
     videos: int = 3  # sampled by both models for the report
     threads: int = 2
+    weight_only: bool = False  # tensorrt/model.int4.onnx as well
 
 
 def check_target(target: str) -> None:
@@ -65,6 +66,16 @@ def choose_edge(settings: JobSettings) -> EdgeDevice | None:
             f"--device {device.name} with --target {settings.target}", "--target tensorrt", "leave out one of them"
         )
     return device
+
+
+def check_weight_only(settings: JobSettings, recipe: recipes.Recipe) -> None:
+    """Refuse ``--weight-only`` where nothing would come of it, whatever the layers are."""
+    if settings.weight_only and settings.target != "tensorrt":
+        raise QvditError(f"--weight-only with --target {settings.target}", "--target tensorrt", "add it")
+    if settings.weight_only and recipe.kind == "static":
+        raise QvditError(
+            f"--weight-only with recipe {recipe.name}", "4-bit weights", "leave it out, or choose another recipe"
+        )
 
 
 def choose_recipe(settings: JobSettings) -> recipes.Recipe:

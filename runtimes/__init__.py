@@ -3,6 +3,7 @@
 pipe.transformer = qvdit.runtimes.load("out/wan-shapes-w4a8")                    # ONNX Runtime, on the CPU
 pipe.transformer = qvdit.runtimes.load("out/wan-shapes-w4a8", device="cuda")     # PyTorch, on the CUDA kernels
 pipe.transformer = qvdit.runtimes.load("out/wan-shapes-w4a8", device="cuda", engine="tensorrt")
+pipe.transformer = qvdit.runtimes.load("out/wan-shapes-w4a8", device="cuda", engine="onnxruntime")
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-ENGINES = {"cpu": ("onnxruntime",), "cuda": ("pytorch", "tensorrt")}  # by kind of device; the first is the default
+# By kind of device; the first is the default.
+ENGINES = {"cpu": ("onnxruntime",), "cuda": ("pytorch", "tensorrt", "onnxruntime")}
 
 
 def load(
@@ -26,9 +28,10 @@ def load(
 
     device: ``cpu``, ``cuda`` or ``cuda:1``. engine: what runs it there; None is the first of
 
-    - ``onnxruntime``, on the CPU, which computes in float32;
+    - ``onnxruntime``, on the CPU, which computes in float32 what is not quantized;
     - ``pytorch``, on a GPU: a module of the source model's diffusers class whose quantized linears are CUDA kernels;
-    - ``tensorrt``, on a GPU: the engine that ``qvdit engine`` built there.
+    - ``tensorrt``, on a GPU: the engine that ``qvdit engine`` built there;
+    - ``onnxruntime``, on a GPU: the file that runs on the CPU, its products in int8 x int8 (onnxruntime-gpu, onnx).
 
     The pipeline's other parts stay where they are. dtype: of PyTorch, for all that is not quantized: ``bfloat16`` (the
     default), ``float16`` or ``float32``, as a name or as PyTorch's. threads: of ONNX Runtime; 0 or None lets it choose.
@@ -37,8 +40,7 @@ def load(
     from qvdit.contract import QvditError
 
     path, device = Path(bundle), str(device)
-    if device != "cpu" and not re.fullmatch(r"cuda(:\d+)?", device):
-        raise QvditError(f"device {device!r}", "cpu, cuda or cuda:N", "choose one of them")
+    check_device(device)
     known = ENGINES[device.partition(":")[0]]
     chosen = engine or known[0]
     if chosen not in known:
@@ -46,23 +48,32 @@ def load(
     if options and chosen != "tensorrt":
         raise QvditError(f"option {sorted(options)[0]!r} of {chosen}", "none: it is TensorRT's", "leave it out")
     if chosen == "onnxruntime" and dtype is not None:
-        raise QvditError(f"dtype {dtype!r} on the CPU", "no dtype: ONNX Runtime computes in float32", "leave it out")
+        where = "on the CPU" if device == "cpu" else "of ONNX Runtime"
+        raise QvditError(f"dtype {dtype!r} {where}", "no dtype: ONNX Runtime computes in float32", "leave it out")
     if chosen == "tensorrt" and dtype is not None:
         raise QvditError(f"dtype {dtype!r} of a TensorRT engine", "no dtype: the engine has its own", "leave it out")
     if chosen != "onnxruntime" and threads:
         raise QvditError(f"{threads} threads on a GPU", "no threads: they are ONNX Runtime's", "leave them out")
     if chosen == "tensorrt":
         return _on_tensorrt(path, device, options)
-    return _on_cpu(path, threads) if chosen == "onnxruntime" else _on_gpu(path, device, dtype)
+    return _on_onnxruntime(path, device, threads) if chosen == "onnxruntime" else _on_gpu(path, device, dtype)
 
 
-def _on_cpu(bundle: Path, threads: int | None) -> Any:
+def check_device(device: str) -> None:
+    """Refuse a device that is neither ``cpu`` nor ``cuda`` nor ``cuda:N``; the engine says if it is there."""
+    from qvdit.contract import QvditError
+
+    if device != "cpu" and not re.fullmatch(r"cuda(:\d+)?", device):
+        raise QvditError(f"device {device!r}", "cpu, cuda or cuda:N", "choose one of them")
+
+
+def _on_onnxruntime(bundle: Path, device: str, threads: int | None) -> Any:
     from qvdit.contract.bundle import ORT_MODEL, verify
     from qvdit.runtimes.onnxruntime import OnnxRuntimeSession
     from qvdit.runtimes.transformer import RuntimeTransformer
 
     manifest = verify(bundle)
-    return RuntimeTransformer(OnnxRuntimeSession(bundle / ORT_MODEL, threads=threads), manifest)
+    return RuntimeTransformer(OnnxRuntimeSession(bundle / ORT_MODEL, threads, device), manifest, device)
 
 
 def _on_tensorrt(bundle: Path, device: str, options: dict[str, Any]) -> Any:

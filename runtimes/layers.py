@@ -15,6 +15,7 @@ import onnx.utils
 from qvdit.contract import QvditError
 from qvdit.contract.parity import LayerOutputs
 from qvdit.runtimes.onnxruntime import session
+from qvdit.runtimes.signed import OFFSET, sign
 
 _DOMAIN = "qvdit"
 
@@ -22,9 +23,11 @@ _DOMAIN = "qvdit"
 class LayerModels:
     """The quantized layers of an exported model, by name."""
 
-    def __init__(self, path: Path, threads: int | None = None):
+    def __init__(self, path: Path, threads: int | None = None, device: str = "cpu"):
         model = onnx.load(path)
-        self._threads = threads
+        if device != "cpu":
+            sign(model)
+        self._threads, self._device = threads, device
         self._graph = model.graph
         self._opsets, self._ir_version = list(model.opset_import), model.ir_version
         self._functions = {(f.domain, f.name, f.overload): f for f in model.functions}
@@ -49,8 +52,12 @@ class LayerModels:
         model = self._cut_call(call, outputs)
         if any(value.name == "tokens_per_frame" for value in model.graph.input):
             feed["tokens_per_frame"] = np.array([tokens_per_frame], np.int64)
-        y, x_q, acc = session(model.SerializeToString(), self._threads).run(outputs, feed)
-        return LayerOutputs(x_q.astype(np.int32) - (128 if symmetric else 0), acc.astype(np.int64), y)
+        y, x_q, acc = self._run(model, outputs, feed)
+        taken = (OFFSET if x_q.dtype == np.int8 else 0) - (OFFSET if symmetric else 0)
+        return LayerOutputs(x_q.astype(np.int32) + taken, acc.astype(np.int64), y)
+
+    def _run(self, model: onnx.ModelProto, outputs: list[str], feed: dict[str, np.ndarray]) -> list[np.ndarray]:
+        return session(model.SerializeToString(), self._threads, self._device).run(outputs, feed)
 
     def _cut_call(self, call: onnx.NodeProto, outputs: list[str]) -> onnx.ModelProto:
         """A call of the function as a model of its own: the body, with the call's weights under the formal names."""
@@ -65,8 +72,7 @@ class LayerModels:
                 initializers.append(tensor)
             elif formal == "tokens_per_frame" and actual:
                 inputs.append(make(formal, onnx.TensorProto.INT64, [1]))
-        kinds = {"y": onnx.TensorProto.FLOAT, "x_q": onnx.TensorProto.UINT8, "acc": onnx.TensorProto.INT32}
-        values = [make(name, kinds[name], None) for name in outputs]
+        values = [onnx.helper.make_empty_tensor_value_info(name) for name in outputs]  # the body says their types
         graph = onnx.helper.make_graph(list(function.node), call.name, inputs, values, initializers)
         return onnx.helper.make_model(graph, opset_imports=self._opsets, ir_version=self._ir_version)
 
@@ -86,5 +92,5 @@ class LayerModels:
             [tensor for key, tensor in self._initializers.items() if key in used],
         )
         model = onnx.helper.make_model(graph, opset_imports=self._opsets, ir_version=self._ir_version)
-        y, integers = session(model.SerializeToString(), self._threads).run([end, x_q], {start: x})
-        return LayerOutputs(integers.reshape(-1, x.shape[-1]).astype(np.int32) - 128, None, y)
+        y, integers = self._run(model, [end, x_q], {start: x})
+        return LayerOutputs(integers.reshape(-1, x.shape[-1]).astype(np.int32) - OFFSET, None, y)

@@ -1,11 +1,13 @@
-"""ONNX Runtime on the CPU: the runtime that runs anywhere."""
+"""ONNX Runtime: on the CPU the runtime that runs anywhere, on a GPU its CUDA provider."""
 
 from __future__ import annotations
 
+import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -31,13 +33,19 @@ def saturates() -> bool:
     return not cpuinfo.is_file() or "vnni" not in cpuinfo.read_text(errors="replace")
 
 
-def session(model: bytes | Path, threads: int | None = None) -> onnxruntime.InferenceSession:
-    """An inference session on the CPU for a serialized model or a file."""
+def session(
+    model: bytes | Path, threads: int | None = None, device: str = "cpu", folder: Path | None = None
+) -> onnxruntime.InferenceSession:
+    """An inference session for a serialized model or a file, on the CPU or on a GPU: ``cuda`` or ``cuda:N``.
+
+    folder: where the external weights of a serialized model lie. Bodies must be signed for a GPU, or they run on the
+    CPU: :mod:`qvdit.runtimes.signed`.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
-    options.log_severity_level = 3
+    options.log_severity_level = 3 if device == "cpu" or os.environ.get("QVDIT_DEBUG") else 4
     # A thread that waits spins for 100 µs, then sleeps. Two that spin for longer may come to share a core where
     # something else runs, and stay there, since the scheduler moves threads as they wake: 300 ms a forward pass of
     # wan-shapes on two cores in place of 172. Threads that never spin take 186.
@@ -47,47 +55,84 @@ def session(model: bytes | Path, threads: int | None = None) -> onnxruntime.Infe
     if saturates():
         # u8 x u8 for 8-bit weights: slower, exact.
         options.add_session_config_entry("session.x64quantprecision", "1")
+    if folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     source = model if isinstance(model, bytes) else str(model)
     try:
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        if device == "cpu":
+            return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        from qvdit.runtimes.onnxruntime_cuda import cuda_session
+
+        return cuda_session(source, options, device)
+    except QvditError:
+        raise
     except Exception as error:  # onnxruntime raises its own classes, without a common base
         name = "the model" if isinstance(model, bytes) else str(model)
+        _refuse_no_room(error, device, name)
         text = " ".join(str(error).split())
         raise QvditError(
             f"{name}, which ONNX Runtime refuses ({text})", "a model it can run", "export it again"
         ) from None
 
 
+def _refuse_no_room(error: Exception, device: str, what: str) -> None:
+    if device != "cpu":
+        from qvdit.runtimes.onnxruntime_cuda import refuse_no_room
+
+        refuse_no_room(error, device, what)
+
+
+def _signed(path: Path) -> bytes:
+    try:
+        from qvdit.runtimes.signed import signed_model
+    except ImportError:
+        raise QvditError(
+            "no onnx", "the package onnx, to make the model's integers signed for a GPU", "pip install onnx"
+        ) from None
+    return signed_model(path).SerializeToString()
+
+
 class OnnxRuntimeSession:
     """Runs one ONNX file; a context manager, though nothing breaks without ``with``."""
 
-    def __init__(self, path: Path, threads: int | None = None):
+    def __init__(self, path: Path, threads: int | None = None, device: str = "cpu"):
         _engine()
-        self.path = path
-        self._session = session(path, threads)
+        self.path, self.device = path, device
+        if device == "cpu":
+            self._session = session(path, threads)
+        else:
+            self._session = session(_signed(path), threads, device, path.parent)
         self.inputs = {value.name: (value.type, value.shape) for value in self._session.get_inputs()}
 
-    def infer(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        """Run the model: inputs by diffusers' names → its output. Refuses wrong names and fixed sizes in one line."""
+    def infer(self, inputs: Mapping[str, Any]) -> Any:
+        """Run the model: inputs by diffusers' names → its output. Refuses wrong names and fixed sizes in one line.
+
+        Numpy arrays give an array; PyTorch's CUDA tensors, which a session on a GPU takes, a tensor on that GPU.
+        """
         if set(inputs) != set(self.inputs):
             raise QvditError(f"inputs {sorted(inputs)}", f"{sorted(self.inputs)}", "pass exactly these")
-        feed = {}
         sizes: dict[str, int] = {}  # of the named dimensions: one name, one size
-        for name, (kind, shape) in self.inputs.items():
-            value = np.asarray(inputs[name])
+        for name, (_, shape) in self.inputs.items():
+            found = tuple(np.shape(inputs[name]))
             known = [sizes.get(d, d) for d in shape]
-            if not _fits(value.shape, known):
-                raise QvditError(f"{name} of shape {value.shape}", f"{tuple(known)}", "export with this size")
-            sizes |= {d: s for d, s in zip(shape, value.shape, strict=True) if isinstance(d, str)}
-            feed[name] = np.asarray(value, dtype=_DTYPES[kind], order="C")
-        return self.infer_impl(feed)
+            if not _fits(found, known):
+                raise QvditError(f"{name} of shape {found}", f"{tuple(known)}", "export with this size")
+            sizes |= {d: s for d, s in zip(shape, found, strict=True) if isinstance(d, str)}
+        return self.infer_impl(inputs)
 
-    def infer_impl(self, feed: dict[str, np.ndarray]) -> np.ndarray:
+    def infer_impl(self, inputs: Mapping[str, Any]) -> Any:
         """Run without checks."""
+        kinds = {name: _DTYPES[kind] for name, (kind, _) in self.inputs.items()}
         try:
+            if any(getattr(value, "is_cuda", False) for value in inputs.values()):
+                from qvdit.runtimes.onnxruntime_cuda import infer_torch
+
+                return infer_torch(self._session, inputs, kinds, self.device)
+            feed = {name: np.asarray(inputs[name], dtype=kind, order="C") for name, kind in kinds.items()}
             return self._session.run(None, feed)[0]
         except Exception as error:  # onnxruntime raises its own classes, without a common base
-            shapes = {name: value.shape for name, value in feed.items()}
+            shapes = {name: tuple(np.shape(value)) for name, value in inputs.items()}
+            _refuse_no_room(error, self.device, f"inputs of shapes {shapes}")
             text = " ".join(str(error).split())
             raise QvditError(
                 f"inputs of shapes {shapes}, which {self.path} refuses ({text})",

@@ -28,14 +28,19 @@ def compare_layers(models: LayerModels, references: Iterable[LayerReference]) ->
         yield compare_layer(reference, models.run(reference.name, reference.x, reference.tokens_per_frame))
 
 
-def check_bundle(bundle: Path, threads: int | None = None) -> tuple[list[LayerParity], ModelParity]:
-    """A bundle's own parity check on this machine: every layer, then the whole model. Needs no PyTorch."""
+def check_bundle(
+    bundle: Path, threads: int | None = None, device: str = "cpu"
+) -> tuple[list[LayerParity], ModelParity]:
+    """A bundle's own parity check in ONNX Runtime on this machine: every layer, then the whole model. No PyTorch.
+
+    device: ``cpu``, ``cuda`` or ``cuda:N``.
+    """
     try:
         from qvdit.runtimes.layers import LayerModels
     except ImportError:
         raise QvditError("no onnx", "the package onnx, to look inside the model", "pip install onnx") from None
     saved = load_reference(bundle)
-    layers = list(compare_layers(LayerModels(bundle / ORT_MODEL, threads), saved.layers))
-    with OnnxRuntimeSession(bundle / ORT_MODEL, threads) as session:
+    layers = list(compare_layers(LayerModels(bundle / ORT_MODEL, threads, device), saved.layers))
+    with OnnxRuntimeSession(bundle / ORT_MODEL, threads, device) as session:
         output = session.infer(saved.inputs)
     return layers, compare_models(output, saved.quantized, saved.full)

@@ -82,7 +82,7 @@ def tensorrt(
     ] = None,
     plugin: Annotated[Path | None, typer.Option(help="libqvdit_tensorrt.so, where it is not found by itself.")] = None,
     seed: Annotated[int, typer.Option(help="Of random weights and inputs.")] = 0,
-    device: Annotated[str, typer.Option(help="What PyTorch prepares on: auto, cpu or cuda.")] = "auto",
+    compute: Annotated[str, typer.Option(help="Where PyTorch prepares: auto, cpu or cuda.")] = "auto",
     prepare_only: Annotated[
         bool, typer.Option("--prepare-only", help="Write the cases, for a Python that has TensorRT but no PyTorch.")
     ] = False,
@@ -121,7 +121,7 @@ def tensorrt(
         from qvdit.bench.tensorrt import prepare
 
         also_low = tuple(filter(None, also_fp16.split(",")))
-        prepare.prepare(prepare.Settings(*chosen, device, seed, also_low, layers), cases, lines.say)
+        prepare.prepare(prepare.Settings(*chosen, compute, seed, also_low, layers), cases, lines.say)
         if prepare_only:
             return
         from qvdit.bench.tensorrt import measure

@@ -15,6 +15,7 @@ MANIFEST = "manifest.json"
 QDQ_MODEL, ORT_MODEL = "onnx/model.onnx", "onnx/model.ort.onnx"
 KEPT_WEIGHTS = "quantized/kept.safetensors"  # of all that is not quantized
 TENSORRT_MODEL = "tensorrt/model.onnx"
+TENSORRT_INT4_MODEL = "tensorrt/model.int4.onnx"  # weights only, for TensorRT 10 and later; where it was asked for
 TENSORRT_LAYERS = "tensorrt/layers.onnx"  # every layer with its integers in view, for the engine's parity check
 ENGINE, ENGINE_FACTS = "tensorrt/model.plan", "tensorrt/engine.json"  # built on the device that it runs on
 ENGINE_PARITY = "tensorrt/parity.json"

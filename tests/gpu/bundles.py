@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 STATIC = "int8-static"
 
 
-def make(out: Path, model: str, width: str, compute: str, threads: int, last: str) -> str:
+def make(out: Path, model: str, width: str, device: str, threads: int, last: str) -> str:
     """Run one bundle's job up to a stage, in a process of its own; returns what it took."""
     import torch
 
@@ -44,7 +44,7 @@ def make(out: Path, model: str, width: str, compute: str, threads: int, last: st
         prompt_count=1,
         steps=8,
         records=2,
-        compute=compute,
+        compute=device,
         distillation_steps=None if width == STATIC else 0,
         calibration=out / "calibration" / Path(model).name,
         threads=threads,
@@ -73,7 +73,7 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--models", default="wan-shapes,latte-shapes")
     parser.add_argument("--widths", default=f"w8a8,w4a8,w3a8,w3a6,{STATIC}")
-    parser.add_argument("--compute", default="auto", help="where calibration and quantization run: auto, cpu, cuda")
+    parser.add_argument("--compute", default="auto", help="of calibration and quantization: auto, cpu or cuda")
     parser.add_argument("--jobs", type=int, help="bundles made at once (default: one for two cores)")
     given = parser.parse_args()
     models, widths = given.models.split(","), given.widths.split(",")

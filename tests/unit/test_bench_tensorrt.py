@@ -48,7 +48,7 @@ def prepared(shared: Any) -> Path:
             patch.setattr(blocks, "latte_xl", small_latte)
             patch.setattr(blocks, "TEXT_FEATURES", 24)
             patch.setattr(prepare, "_TEXT_TOKENS", 5)
-            prepare.prepare(prepare.Settings((SLICE,), device="cpu"), root, lambda text: None)
+            prepare.prepare(prepare.Settings((SLICE,), compute="cpu"), root, lambda text: None)
 
     return shared("bench-tensorrt", make)
 
@@ -94,7 +94,7 @@ def test_the_fp16_engine_is_plain(prepared: Path) -> None:
 
 def test_what_is_there_is_not_prepared_again(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks, "latte_xl", lambda layers: pytest.fail("built again"))
-    assert prepare.prepare(prepare.Settings((SLICE,), device="cpu"), prepared, print) == []
+    assert prepare.prepare(prepare.Settings((SLICE,), compute="cpu"), prepared, print) == []
 
 
 def test_a_shipped_model_goes_through_the_job(wan_folder: Path, tmp_path: Path) -> None:

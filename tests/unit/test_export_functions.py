@@ -27,6 +27,7 @@ from qvdit.method.lowbit import LowBitLinear
 from qvdit.method.reference import layer_reference
 from qvdit.runtimes.layers import LayerModels
 from qvdit.runtimes.onnxruntime import session
+from qvdit.runtimes.signed import signed_model
 
 BODIES = ("qdq", "integer")
 GAIN_ROWS = (FrameRows.SEQUENCE, FrameRows.SPATIAL, FrameRows.TEMPORAL)
@@ -134,9 +135,16 @@ def assert_same(found: np.ndarray, layer: LowBitLayer, x: np.ndarray) -> None:
 
 
 def assert_integers(layer: LowBitLayer, x: np.ndarray, folder: Path) -> None:
-    """x_q and acc of the integer body, as the layer runs in ONNX Runtime, are the eager operator's."""
+    """x_q and acc of the integer body, as the layer runs in ONNX Runtime, are the eager operator's; signed ones too."""
     path = folder / "layer.onnx"
     path.write_bytes(as_model(layer, body="integer").SerializeToString())
+    assert_file(path, layer, x)
+    path.write_bytes(signed_model(path).SerializeToString())
+    onnx.checker.check_model(path, full_check=True)
+    assert_file(path, layer, x)
+
+
+def assert_file(path: Path, layer: LowBitLayer, x: np.ndarray) -> None:
     per_frame = layer.rows.tokens_per_frame(x.shape[-2], FRAMES)
     found = LayerModels(path, 1).run("linear", x, per_frame)
     reference = layer_reference(LowBitLinear(layer), torch.from_numpy(x))

@@ -481,6 +481,18 @@ def test_profiles(runner):
             check(*wrong)
 
 
+def test_profiles_reach_as_far_as_asked(runner):
+    def widened(*words: str) -> str:
+        held = (ctypes.c_char_p * (2 + len(words)))(b"build", b"f", *(word.encode() for word in words))
+        return runner.call("widened", (ctypes.c_int64 * 2)(2, 8), 2, held, len(held))
+
+    assert widened() == "2x8 2x8 2x8"
+    assert widened("--min", "x=1x8", "--max", "x=1x16") == "1x8 2x8 2x16"
+    for wrong, why in (("y=1x8", "sizes of an input y"), ("x=1x8x3", "x=1x8x3; expected as many extents as 2x8")):
+        with pytest.raises(RefusedError, match=f"got {why}.*; check --min and --max"):
+            widened("--max", wrong)
+
+
 def test_the_plugin_is_looked_at_before_it_is_loaded(runner, tmp_path):
     library, name = tmp_path / "lib.so", b"qvdit LowBitLinear 1 for TensorRT 10.3.0\0"
     library.write_bytes(b"\x7fELF" + bytes(3000) + name + bytes(3000))

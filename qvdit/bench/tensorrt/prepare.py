@@ -31,7 +31,7 @@ from qvdit.method import quantization, recipe
 from qvdit.method.reference import quantized_transformer, sampled_layers
 from qvdit.method.statistics import InputStatistics, Statistics
 from qvdit.models import ADAPTERS, ModelAdapter, Site
-from qvdit.settings import JobSettings, choose_device
+from qvdit.settings import JobSettings, choose_compute
 from qvdit.system import tool_versions
 
 Say = Callable[[str], None]
@@ -48,7 +48,7 @@ class Settings:
 
     models: tuple[str, ...] = cases.USUAL_MODELS
     engines: tuple[str, ...] = cases.ENGINES
-    device: str = "auto"
+    compute: str = "auto"  # auto, cpu or cuda: where PyTorch runs
     seed: int = 0
     also_low: tuple[str, ...] = ()  # operators in FP16 that the export keeps in float32, as Softmax
     layers: bool = True  # what the integers of every layer are compared by; without it a case is little but its model
@@ -74,7 +74,7 @@ class Source:
 def prepare(settings: Settings, root: Path, say: Say) -> list[Path]:
     """Write the cases that are not there yet; returns their folders. What cannot be made here is said and left out."""
     torch.backends.cudnn.allow_tf32 = False  # references are float32
-    device = choose_device(settings.device)
+    device = choose_compute(settings.compute)
     written = []
     for model in settings.models:
         engines = cases.engines_of(model, settings.engines)
@@ -198,7 +198,7 @@ def _job(model: str, engine: str, work: Path, device: str) -> Job:
         prompt_count=1,
         steps=8,
         records=2,
-        device=device,
+        compute=device,
         distillation_steps=0,
         rank=0 if engine == "w4a8_no_tqe" else None,
         calibration=work / "calibration",

@@ -1,5 +1,6 @@
 #include "facts.h"
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "error.h"
@@ -93,6 +94,30 @@ void check_facts(const Facts& facts, const Facts& here, const std::string& path)
   if (facts.engine_sha256 != here.engine_sha256) {
     throw Error(path + ", which is damaged", "the engine that was built, by its sha256", kAgain);
   }
+}
+
+std::map<std::string, Profile> widened(const std::map<std::string, Shape>& shapes,
+                                       const std::map<std::string, Shape>& least,
+                                       const std::map<std::string, Shape>& most) {
+  std::map<std::string, Profile> profiles;
+  for (const auto& [name, shape] : shapes) profiles[name] = {shape, shape, shape};
+  const auto profile_of = [&profiles](const std::string& name, const Shape& asked) -> Profile& {
+    const auto found = profiles.find(name);
+    if (found == profiles.end())
+      throw Error("sizes of an input " + name, "one that the model has", "check --min and --max");
+    const Shape& known = found->second.typical;
+    if (known.size() == asked.size()) return found->second;
+    throw Error(name + "=" + shape_text(asked), "as many extents as " + shape_text(known), "check --min and --max");
+  };
+  for (const auto& [name, shape] : least) {
+    Profile& profile = profile_of(name, shape);
+    for (size_t i = 0; i < shape.size(); ++i) profile.least[i] = std::min(profile.least[i], shape[i]);
+  }
+  for (const auto& [name, shape] : most) {
+    Profile& profile = profile_of(name, shape);
+    for (size_t i = 0; i < shape.size(); ++i) profile.most[i] = std::max(profile.most[i], shape[i]);
+  }
+  return profiles;
 }
 
 void check_profile(const std::string& input, const Profile& profile, const Shape& shape) {

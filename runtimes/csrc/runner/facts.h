@@ -39,6 +39,12 @@ struct Facts {
 // on the same GPU, for the same ONNX files. ``here`` has these alone, and the engine file's size and sha256.
 void check_facts(const Facts& facts, const Facts& here, const std::string& path);
 
+// The profiles, by input, that serve ``shapes`` and reach to ``least`` and ``most`` where those name an input. Throws
+// Error where they name none, or have another number of extents.
+std::map<std::string, Profile> widened(const std::map<std::string, Shape>& shapes,
+                                       const std::map<std::string, Shape>& least,
+                                       const std::map<std::string, Shape>& most);
+
 // Throws Error unless a shape lies in a profile.
 void check_profile(const std::string& input, const Profile& profile, const Shape& shape);
 

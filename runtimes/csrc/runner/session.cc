@@ -28,16 +28,6 @@ std::string sha256_text(const std::string& text) {
   return digest.hex();
 }
 
-Shape choose(const Shape& one, const Shape& other, const int64_t& (*pick)(const int64_t&, const int64_t&),
-             const std::string& input) {
-  if (other.size() != one.size()) {
-    throw Error(input + "=" + shape_text(other), "as many extents as " + shape_text(one), "check --min and --max");
-  }
-  Shape made = one;
-  for (size_t i = 0; i < one.size(); ++i) made[i] = pick(one[i], other[i]);
-  return made;
-}
-
 }  // namespace
 
 Session::Session(const Arguments& arguments)
@@ -71,7 +61,9 @@ void Session::find_plugin() {
 bool Session::has_layers() const { return is_file(layers_.onnx); }
 
 void Session::build() {
-  SafeTensors{path(kParityInputs)}, SafeTensors{path(kParityReference)};  // refused before minutes are spent
+  // What can be refused at once is, before minutes are spent.
+  const SafeTensors inputs(path(kParityInputs)), reference(path(kParityReference));
+  widened(model_shapes(inputs), arguments_.least, arguments_.most);
   std::unique_ptr<Engine> layers;
   std::string layers_plan;
   if (has_layers()) {
@@ -150,16 +142,12 @@ std::unique_ptr<Engine> Session::load(Place& place) {
 Profile Session::profile_of(const Place& place, const std::string& input) const {
   const SafeTensors saved(path(kParityInputs));
   if (&place == &layers_) return layer_profile(input, saved);
-  const std::map<std::string, Shape> shapes = model_shapes(saved);
-  const auto found = shapes.find(input);
-  if (found == shapes.end()) {
+  const std::map<std::string, Profile> profiles = widened(model_shapes(saved), arguments_.least, arguments_.most);
+  const auto found = profiles.find(input);
+  if (found == profiles.end()) {
     throw Error("no saved input " + input, "one for each of the model's", "copy the whole folder again");
   }
-  Profile profile = {found->second, found->second, found->second};
-  const auto least = arguments_.least.find(input), most = arguments_.most.find(input);
-  if (least != arguments_.least.end()) profile.least = choose(profile.least, least->second, std::min<int64_t>, input);
-  if (most != arguments_.most.end()) profile.most = choose(profile.most, most->second, std::max<int64_t>, input);
-  return profile;
+  return found->second;
 }
 
 Facts Session::facts_here(const Place& place) const {

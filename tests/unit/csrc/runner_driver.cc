@@ -156,6 +156,16 @@ int32_t runner_check_profile(const char* given, const char* input, const int64_t
   });
 }
 
+// The profile of input x that serves a shape and what the command line adds to it.
+int32_t runner_widened(const int64_t* extents, int32_t count, const char* const* words, int32_t word_count,
+                       char* text) {
+  return told(text, [&] {
+    const Arguments a = parse_arguments({words, words + word_count});
+    const Profile profile = widened({{"x", {extents, extents + count}}}, a.least, a.most).at("x");
+    return shape_text(profile.least) + " " + shape_text(profile.typical) + " " + shape_text(profile.most);
+  });
+}
+
 int32_t runner_plugin(const char* path, int32_t major, char* text) {
   return told(text, [&] {
     const PluginFacts facts = inspect_plugin(path);

@@ -1,0 +1,165 @@
+"""``LowBitLinear``'s integer body in int8 x int8, for ONNX Runtime's CUDA provider, whose MatMulInteger takes no uint8.
+
+A bundle holds the body in uint8 x int8, several times as fast on x86. It is rewritten when the model is loaded: the
+same file, the same weights, and ``x_q``, ``x_zeros`` and ``acc`` under the names they have. Everything unsigned becomes
+itself less 128, which no product notices: x_q - z_x stays what it is.
+
+Frame gains are multiplied over whole frames. Looked up for every row, as the exported body does, ONNX Runtime would
+work them out on the CPU, because they come of a shape, and copy them to the GPU in every layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import onnx.helper
+import onnx.numpy_helper
+from onnx import TensorProto
+
+from qvdit.contract import QvditError
+
+OFFSET = 128  # what the integers of this body are less than those of the unsigned one
+_DOMAIN = "qvdit"
+
+
+def signed_model(path: Path) -> onnx.ModelProto:
+    """A model with signed bodies; weights that lie in a file beside it stay there. QvditError if it is no model."""
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf raises its own classes
+        text = " ".join(str(error).split())
+        raise QvditError(f"{path}, which onnx refuses ({text})", "a model", "export it again") from None
+    sign(model)
+    return model
+
+
+def sign(model: onnx.ModelProto) -> None:
+    """Rewrite the operator's functions in place."""
+    for function in model.functions:
+        if function.domain == _DOMAIN:
+            nodes = list(_Signed().rewritten(function))
+            del function.node[:]
+            function.node.extend(_needed(nodes, set(function.output)))
+
+
+class _Signed:
+    """One body's nodes, one after the other. What is not named here is the same in both."""
+
+    def __init__(self) -> None:
+        self._bytes: set[str] = set()  # names of what was a uint8 constant
+        self._zeros: set[str] = set()  # names of what is 0 throughout
+        self._gains: set[str] = set()  # names of each row's frame gain
+
+    def rewritten(self, function: onnx.FunctionProto) -> Iterator[onnx.NodeProto]:
+        for node in function.node:
+            change = getattr(self, f"_{node.op_type.lower()}", None)
+            yield from [node] if change is None else change(node)
+
+    def _constant(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
+        value = next((a.t for a in node.attribute if a.name == "value"), None)
+        if value is None or value.data_type != TensorProto.UINT8:
+            return [node]
+        less = onnx.numpy_helper.to_array(value).astype("int16") - OFFSET
+        self._bytes.add(node.output[0])
+        if not less.any():
+            self._zeros.add(node.output[0])
+        return [
+            onnx.helper.make_node("Constant", [], node.output, value=onnx.numpy_helper.from_array(less.astype("i1")))
+        ]
+
+    def _expand(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
+        if node.input[0] in self._zeros:
+            self._zeros.add(node.output[0])
+        return [node]
+
+    def _gather(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
+        if node.input[0] == "frame_gain":
+            self._gains.add(node.output[0])
+        return [node]
+
+    def _unsqueeze(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
+        if node.input[0] in self._gains:
+            self._gains.add(node.output[0])
+        return [node]
+
+    def _mul(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
+        """A factor [M, R] times its rows' gains, as [M / (T · P), T, P · R]: row m is of frame (m // P) mod T."""
+        factor, gain = node.input
+        if gain not in self._gains:
+            return [node]
+        (out,) = node.output
+        make = onnx.helper.make_node
+        return [
+            make("Constant", [], [f"{out}_any"], value_ints=[-1]),
+            make("Shape", [factor], [f"{out}_rank"], start=1),
+            make("Mul", ["tokens_per_frame", f"{out}_rank"], [f"{out}_values"]),
+            make("Shape", ["frame_gain"], [f"{out}_frames"]),
+            make("Concat", [f"{out}_any", f"{out}_frames", f"{out}_values"], [f"{out}_by_frame"], axis=0),
+            make("Reshape", [factor, f"{out}_by_frame"], [f"{out}_split"]),
+            make("Unsqueeze", ["frame_gain", f"{out}_any"], [f"{out}_gain"]),
+            make("Mul", [f"{out}_split", f"{out}_gain"], [f"{out}_scaled"]),
+            make("Shape", [factor], [f"{out}_shape"]),
+            make("Reshape", [f"{out}_scaled", f"{out}_shape"], [out]),
+        ]
+
+    def _cast(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
+        if onnx.helper.get_node_attr_value(node, "to") != TensorProto.UINT8:
+            return [node]
+        (out,) = node.output
+        make = onnx.helper.make_node
+        return [
+            make("Constant", [], [f"{out}_offset"], value_float=float(OFFSET)),
+            make("Sub", [node.input[0], f"{out}_offset"], [f"{out}_less"]),
+            make("Cast", [f"{out}_less"], [out], to=TensorProto.INT8),
+        ]
+
+    def _min(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
+        if node.input[1] not in self._bytes:
+            return [node]
+        # The CUDA provider has no Min of int8.
+        return [onnx.helper.make_node("Clip", [node.input[0], "", node.input[1]], node.output)]
+
+    def _quantizelinear(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
+        if len(node.input) < 3 or node.input[2] not in self._zeros:
+            return [node]
+        axis = onnx.helper.get_node_attr_value(node, "axis")
+        return [
+            onnx.helper.make_node(
+                "QuantizeLinear", node.input[:2], node.output, axis=axis, output_dtype=TensorProto.INT8
+            )
+        ]
+
+    def _dequantizelinear(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
+        if len(node.input) > 2 and node.input[2] in self._zeros:
+            del node.input[2:]
+        return [node]
+
+    def _matmulinteger(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
+        x, weight, *zeros = node.input
+        (out,) = node.output
+        make = onnx.helper.make_node
+        if len(zeros) < 2:
+            return [make("MatMulInteger", [x, weight], [out])]
+        # A zero point per output is a rank-1 term: the provider takes one for all. It sums int32 in float32, which is
+        # exact up to 2^24 / 128 features.
+        return [
+            make("MatMulInteger", [x, weight], [f"{out}_raw"]),
+            make("Constant", [], [f"{out}_axis"], value_ints=[-1]),
+            make("Cast", [x], [f"{out}_x"], to=TensorProto.INT32),
+            make("ReduceSum", [f"{out}_x", f"{out}_axis"], [f"{out}_sum"], keepdims=1),
+            make("Cast", [zeros[1]], [f"{out}_zero"], to=TensorProto.INT32),
+            make("Mul", [f"{out}_sum", f"{out}_zero"], [f"{out}_part"]),
+            make("Sub", [f"{out}_raw", f"{out}_part"], [out]),
+        ]
+
+
+def _needed(nodes: list[onnx.NodeProto], wanted: set[str]) -> list[onnx.NodeProto]:
+    """The nodes that some output needs, in order."""
+    kept = []
+    for node in reversed(nodes):
+        if wanted.intersection(node.output):
+            wanted |= set(node.input)
+            kept.append(node)
+    return kept[::-1]

@@ -17,6 +17,7 @@ from qvdit.contract.parity import load_reference
 from qvdit.runtimes.tensorrt import device, plugin, versions
 from qvdit.runtimes.tensorrt.build import BuildOptions, build_engine, make_profile
 from qvdit.runtimes.tensorrt.session import TensorRtSession
+from qvdit.system import tensorrt_parts
 
 BUILT_FOR = b"\x7fELF\0qvdit LowBitLinear 1 for TensorRT %s\0"
 
@@ -289,6 +290,16 @@ def test_a_plugin_that_registers_nothing(trt: Fake, exported: Path, monkeypatch:
     monkeypatch.setattr(plugin, "_load", lambda path: None)
     with pytest.raises(QvditError, match="registers no LowBitLinear"):
         build(exported)
+
+
+def test_the_doctor_names_version_and_plugin(trt: Fake, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(plugin.VARIABLE, str(exported / "tensorrt" / plugin.LIBRARY))
+    first, second = tensorrt_parts()
+    assert first == "tensorrt 8.6.0"
+    assert str(exported / "tensorrt" / plugin.LIBRARY) in second
+    assert "for TensorRT 8.6.0" in second
+    monkeypatch.setenv(plugin.VARIABLE, "/no/such.so")
+    assert tensorrt_parts() == [first]
 
 
 def test_a_bundle_for_another_target(trt: Fake, bundle: Path) -> None:

@@ -13,7 +13,7 @@ from fake_tensorrt import DataType, Fake, FakeDriver, Layer, LayerType, Network,
 
 from qvdit.contract import QvditError
 from qvdit.contract.bundle import ENGINE, ENGINE_FACTS, ENGINE_PARITY
-from qvdit.contract.parity import load_reference
+from qvdit.contract.parity import load_reference, save_half
 from qvdit.runtimes.tensorrt import device, plugin, versions
 from qvdit.runtimes.tensorrt.build import BuildOptions, build_engine, make_profile
 from qvdit.runtimes.tensorrt.session import TensorRtSession
@@ -104,6 +104,27 @@ def test_an_engine_that_fails_parity_takes_no_place(field: str, value: float, tr
     with pytest.raises(QvditError, match="fails parity"):
         build(exported)
     assert kept_files(exported) == before
+
+
+@pytest.mark.parametrize(("away", "passes"), [(1.0, True), (1.5, False)])
+def test_pytorchs_fp16_run_is_the_measure_where_it_is_there(
+    away: float, passes: bool, trt: Fake, exported: Path
+) -> None:
+    """away: that run's error against full precision, in that of the float32 run."""
+    saved = load_reference(exported)
+    output = saved.full + np.float32(away) * (saved.quantized - saved.full)
+    save_half(exported, output)
+    said: list[str] = []
+    if passes:
+        build_engine(exported, BuildOptions(), say=said.append)
+        result = json.loads((exported / ENGINE_PARITY).read_text())
+        assert result["half_error_ratio"] == pytest.approx(result["error_ratio"], rel=1e-3)
+        assert result["error_half"] == pytest.approx(result["error_reference"], rel=1e-3)
+        assert result["half_rel_err"] < 0.01
+        assert any("PyTorch's FP16 run" in text for text in said)
+    else:
+        with pytest.raises(QvditError, match="PyTorch's FP16 run"):
+            build(exported)
 
 
 def layer(kind: LayerType, inputs: list[Tensor], name: str, dtype: DataType = DataType.FLOAT, **own: Any) -> Layer:

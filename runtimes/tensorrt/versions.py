@@ -96,6 +96,11 @@ def watch(trt: Any, config: Any, report: Report) -> Any:
     return made
 
 
+# What only moves values. Told to give HALF, fused with another of its kind, it is refused by the one backend that may
+# run it ("Mismatched type for tensor …, f32 vs. expected type:f16"): TensorRT keeps float32 between layers.
+_MOVES = {"SHUFFLE", "SLICE", "CONCATENATION", "GATHER", "IDENTITY", "PADDING", "SCATTER", "SELECT"}
+
+
 def relax(trt: Any, config: Any) -> bool:
     """Let a build that failed stray from the types where there is no other way; False where that changes nothing."""
     strict = getattr(trt.BuilderFlag, "OBEY_PRECISION_CONSTRAINTS", None)
@@ -128,7 +133,7 @@ def type_layers(trt: Any, network: Any) -> int:
         if layer.type in free or (inputs and all(tensor.name in dequantized for tensor in inputs)):
             continue
         kinds = [kind for tensor in (*outputs, *inputs) if (kind := types.get(tensor.name, tensor.dtype)) in floats]
-        if not kinds:
+        if not kinds or (kinds[0] == trt.DataType.HALF and layer.type.name in _MOVES):
             continue
         layer.precision = kinds[0]
         for index, tensor in enumerate(outputs):

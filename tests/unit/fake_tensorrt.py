@@ -103,7 +103,7 @@ class DataType(enum.Enum):
 
 
 class LayerType(enum.Enum):
-    CONSTANT, SHAPE, PLUGIN_V2, CAST, QUANTIZE, DEQUANTIZE, MATRIX_MULTIPLY, ELEMENTWISE = range(8)
+    CONSTANT, SHAPE, PLUGIN_V2, CAST, QUANTIZE, DEQUANTIZE, MATRIX_MULTIPLY, ELEMENTWISE, SHUFFLE = range(9)
 
 
 _KINDS = {onnx.TensorProto.FLOAT: DataType.FLOAT, onnx.TensorProto.FLOAT16: DataType.HALF}

@@ -145,6 +145,8 @@ def typed_network() -> Network:
     make(layer(LayerType.MATRIX_MULTIPLY, [made["half"], made["weight"]], "product"))
     make(layer(LayerType.ELEMENTWISE, [network.layers[-1].outputs[0], made["half"]], "less", DataType.BOOL))
     make(layer(LayerType.ELEMENTWISE, [Tensor("x", DataType.FLOAT)] * 2, "sum"))
+    make(layer(LayerType.SHUFFLE, [made["half"]], "moved half"))
+    make(layer(LayerType.SHUFFLE, network.inputs, "moved float"))
     plugin_outputs = [Tensor("y", DataType.FLOAT), Tensor("scale", DataType.FLOAT), Tensor("acc", DataType.INT32)]
     make(Layer(LayerType.PLUGIN_V2, [made["half"]], plugin_outputs, "plugin"))
     make(layer(LayerType.CAST, plugin_outputs[:1], "back", to_type=DataType.FLOAT))
@@ -159,19 +161,20 @@ def test_types_of_a_weakly_typed_network_are_the_graphs() -> None:
     half, single = DataType.HALF, DataType.FLOAT
     expected = {"x": single, "half": half, "weight": half, "product": half, "less": DataType.BOOL, "sum": single}
     expected |= {"y": half, "scale": single, "acc": DataType.INT32, "back": single, "q": DataType.INT8, "dq": single}
-    expected |= {"int8": single, "after": single}
+    expected |= {"int8": single, "after": single, "moved half": half, "moved float": single}
     assert versions.tensor_types(Fake(), typed_network()) == expected
 
 
 def test_weakly_typed_layers_get_their_tensors_types() -> None:
     network = typed_network()
-    assert versions.type_layers(Fake(), network) == 4
+    assert versions.type_layers(Fake(), network) == 5
     told = {made.name: (made.precision, made.output_types) for made in network.layers if made.precision}
     assert told == {
         "product": (DataType.HALF, {0: DataType.HALF}),
         "less": (DataType.HALF, {}),
         "sum": (DataType.FLOAT, {0: DataType.FLOAT}),
         "after": (DataType.FLOAT, {0: DataType.FLOAT}),
+        "moved float": (DataType.FLOAT, {0: DataType.FLOAT}),
     }
 
 

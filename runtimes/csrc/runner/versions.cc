@@ -42,6 +42,14 @@ bool is_free(LayerType type) {
          type == LayerType::kCAST || type == LayerType::kQUANTIZE || type == LayerType::kDEQUANTIZE;
 }
 
+// What only moves values. Told to give kHALF, fused with another of its kind, it is refused by the one backend that may
+// run it ("Mismatched type for tensor ..., f32 vs. expected type:f16"): TensorRT keeps float32 between layers.
+bool is_move(LayerType type) {
+  return type == LayerType::kSHUFFLE || type == LayerType::kSLICE || type == LayerType::kCONCATENATION ||
+         type == LayerType::kGATHER || type == LayerType::kIDENTITY || type == LayerType::kPADDING ||
+         type == LayerType::kSCATTER || type == LayerType::kSELECT;
+}
+
 // The type that a layer has of itself, or else that of its first floating-point input.
 DataType type_of(const ILayer& layer, const Types& types) {
   if (layer.getType() == LayerType::kCAST) return static_cast<const nvinfer1::ICastLayer&>(layer).getToType();
@@ -83,6 +91,7 @@ bool is_dequantized(const ILayer& layer, const std::unordered_set<const ITensor*
 
 // Outputs before inputs: a comparison computes in its inputs' type.
 void set_type(ILayer& layer, const Types& types) {
+  if (is_move(layer.getType()) && types.at(layer.getOutput(0)) == DataType::kHALF) return;
   bool decided = false;
   for (int output = 0; output < layer.getNbOutputs(); ++output) {
     const DataType type = types.at(layer.getOutput(output));

@@ -157,6 +157,21 @@ def _split(node: onnx.NodeProto, graph: onnx.GraphProto) -> list[onnx.NodeProto]
     return [node]
 
 
+def _einsum(node: onnx.NodeProto, graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """One that only permutes is a Transpose: what moves values must not look like what computes."""
+    read, _, written = _given(node)["equation"].decode().replace(" ", "").partition("->")
+    if (
+        len(node.input) == 1
+        and written
+        and read.isalpha()
+        and sorted(read) == sorted(written)
+        and len(set(read)) == len(read)
+    ):
+        order = [read.index(axis) for axis in written]
+        return [onnx.helper.make_node("Transpose", list(node.input), list(node.output), node.name, perm=order)]
+    return [node]
+
+
 def _since(node: onnx.NodeProto, opset: int) -> int:
     return onnx.defs.get_schema(node.op_type, opset, node.domain).since_version
 
@@ -182,6 +197,7 @@ def _gelu(node: onnx.NodeProto, graph: onnx.GraphProto) -> list[onnx.NodeProto]:
 
 
 _OWN_WAYS: dict[str, Callable[[onnx.NodeProto, onnx.GraphProto], list[onnx.NodeProto]]] = {
+    "Einsum": _einsum,
     "Gelu": _gelu,
     "Shape": _shape,
     "Split": _split,

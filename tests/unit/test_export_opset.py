@@ -125,3 +125,15 @@ def test_a_split_of_a_size_that_varies_is_refused() -> None:
     nodes = [onnx.helper.make_node("Split", ["x"], ["y", "b"], axis=0, num_outputs=2)]
     with pytest.raises(QvditError, match="a Split of a size that varies"):
         lowered(graph_of(nodes, [], (["n"], None)))
+
+
+@pytest.mark.parametrize(
+    ("equation", "kind"), [("abc->cab", "Transpose"), ("a b c -> b a c", "Transpose"), ("abc->ab", "Einsum")]
+)
+def test_an_einsum_that_only_permutes_is_a_transpose(equation: str, kind: str) -> None:
+    nodes = [onnx.helper.make_node("Einsum", ["x"], ["y"], equation=equation)]
+    model = graph_of(nodes, [], ([2, 3, 4], None))
+    found = lowered(model)
+    assert [node.op_type for node in found.graph.node] == [kind]
+    x = np.random.default_rng(0).standard_normal((2, 3, 4)).astype(np.float32)
+    np.testing.assert_array_equal(run(found, x), run(model, x))

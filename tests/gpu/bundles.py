@@ -73,11 +73,7 @@ def main() -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--models", default="wan-shapes,latte-shapes")
     parser.add_argument("--widths", default=f"w8a8,w4a8,w3a8,w3a6,{STATIC}")
-<<<<<<< HEAD
-    parser.add_argument("--compute", default="auto", help="where calibration and quantization run: auto, cpu, cuda")
-=======
     parser.add_argument("--compute", default="auto", help="of calibration and quantization: auto, cpu or cuda")
->>>>>>> families
     parser.add_argument("--jobs", type=int, help="bundles made at once (default: one for two cores)")
     given = parser.parse_args()
     models, widths = given.models.split(","), given.widths.split(",")

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 STATIC = "int8-static"
 
 
-def make(out: Path, model: str, width: str, compute: str, threads: int, last: str) -> str:
+def make(out: Path, model: str, width: str, device: str, threads: int, last: str) -> str:
     """Run one bundle's job up to a stage, in a process of its own; returns what it took."""
     import torch
 
@@ -44,7 +44,7 @@ def make(out: Path, model: str, width: str, compute: str, threads: int, last: st
         prompt_count=1,
         steps=8,
         records=2,
-        compute=compute,
+        compute=device,
         distillation_steps=None if width == STATIC else 0,
         calibration=out / "calibration" / Path(model).name,
         threads=threads,

@@ -117,7 +117,7 @@ def type_layers(trt: Any, network: Any) -> int:
         # A product of dequantized tensors is what TensorRT has INT8 kernels for.
         if layer.type in free or (inputs and all(tensor.name in dequantized for tensor in inputs)):
             continue
-        kinds = [types[tensor.name] for tensor in (*outputs, *inputs) if types[tensor.name] in floats]
+        kinds = [kind for tensor in (*outputs, *inputs) if (kind := types.get(tensor.name, tensor.dtype)) in floats]
         if not kinds:
             continue
         layer.precision = kinds[0]
@@ -138,7 +138,7 @@ def tensor_types(trt: Any, network: Any) -> dict[str, Any]:
     inputs = (network.get_input(i) for i in range(network.num_inputs))
     types = {tensor.name: tensor.dtype for tensor in inputs}
     for layer in _layers(network):
-        given = [types[tensor.name] for tensor in _inputs(layer)]
+        given = [types.get(tensor.name, tensor.dtype) for tensor in _inputs(layer)]
         kind = _own_type(trt, layer) or next((kind for kind in given if kind in floats), trt.DataType.FLOAT)
         for index, tensor in enumerate(_outputs(layer)):
             # Only the first output of the plugin is of its input's type; the others are for tests.

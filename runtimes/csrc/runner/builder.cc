@@ -113,7 +113,8 @@ std::string build_engine(const std::string& onnx, const std::function<Profile(co
   if (!kStronglyTyped) set_types(*network, *config, !works("cublasLt", 12, 11) || !works("cudnn", 8, 8));
   add_profile(*builder, *config, *network, profile_of);
   const auto cache = use_cache(*config, options.timing_cache);
-  const std::unique_ptr<nvinfer1::IHostMemory> plan(builder->buildSerializedNetwork(*network, *config));
+  std::unique_ptr<nvinfer1::IHostMemory> plan(builder->buildSerializedNetwork(*network, *config));
+  if (!plan && relax_types(*config)) plan.reset(builder->buildSerializedNetwork(*network, *config));
   if (!plan) {
     throw Error(onnx + ", which TensorRT does not build (" + log.why() + ")",
                 "a model that this TensorRT and the plugin take, and enough memory (" + std::to_string(free_memory()) +

@@ -88,4 +88,7 @@ inline bool has_plugin(const char* name, const char* version) {
 // own_kernels: TensorRT's kernels alone, where cuBLAS or cuDNN are missing, which 8.6 would use.
 void set_types(nvinfer1::INetworkDefinition& network, nvinfer1::IBuilderConfig& config, bool own_kernels);
 
+// Lets a build that failed stray from those types where there is no other way; false where that changes nothing.
+bool relax_types(nvinfer1::IBuilderConfig& config);
+
 }  // namespace qvdit::runner

@@ -25,9 +25,9 @@ from qvdit.contract.bundle import (
     write_manifest,
 )
 from qvdit.contract.files import sha256, write_json
+from qvdit.contract.plan import SamplingPlan, save_plan
 from qvdit.export.cross import MissingToolError, Toolchain, compile_plugin
 from qvdit.export.devices import EdgeDevice
-from qvdit.export.plan import SamplingPlan, save_plan
 
 SOURCES, SCRIPT = "csrc", "build.sh"
 _COPIED = ("quantized/config.json", "quantized/model.safetensors", ORT_MODEL, TENSORRT_MODEL, TENSORRT_LAYERS)

@@ -178,8 +178,12 @@ def tokens_per_frame(layer: LowBitLayer, x: str, editor: GraphEditor) -> tuple[s
     return per_frame, [*nodes, onnx.helper.make_node("Div", [length, frames], [per_frame])]
 
 
-def static_int8(layer: StaticInt8Layer, body: Body) -> Fill:
-    """A static layer as plain Q/DQ around a float32 MatMul."""
+def static_int8(layer: StaticInt8Layer, body: Body, float_weights: bool = False) -> Fill:
+    """A static layer as plain Q/DQ around a float32 MatMul.
+
+    float_weights: weights are stored as what they stand for, and quantized in the graph, to the same integers: TensorRT
+    8.6 reads INT8 constants and fails on them later.
+    """
     # TensorRT wants signed activations and zero point 0; ONNX Runtime on x86 is eight times as fast with unsigned ones.
     zero_point = np.int8(0) if body == "qdq" else np.uint8(128)
 
@@ -192,9 +196,15 @@ def static_int8(layer: StaticInt8Layer, body: Body) -> Fill:
         act_scale = editor.constant(f"{name}:act_scale", layer.act_scale)
         act_zero = editor.constant(f"{name}:act_zero", zero_point.reshape(()))
         # Stored [K, N], as a MatMul reads it: runtimes fuse Q/DQ with a MatMul, seldom across a Transpose.
-        weight = editor.constant(f"{name}:weight_q", np.ascontiguousarray(layer.weight_q.T))
+        integers = np.ascontiguousarray(layer.weight_q.T)
         weight_scale = editor.constant(f"{name}:weight_scale", layer.weight_scale)
         weight_zero = editor.constant(f"{name}:weight_zero", np.zeros(len(layer.weight_scale), np.int8))
+        if float_weights:
+            exact = editor.constant(f"{name}:weight", integers.astype(np.float32) * layer.weight_scale)
+            weight = f"{name}:weight_q"
+            nodes.append(make("QuantizeLinear", [exact, weight_scale, weight_zero], [weight], axis=1))
+        else:
+            weight = editor.constant(f"{name}:weight_q", integers)
         out = node.output[0]
         product = out if layer.bias is None else f"{name}:product"
         nodes += [

@@ -84,6 +84,8 @@ def static_layers_model(layers: Iterable[StaticInt8Layer], opset: int) -> onnx.M
         x, y = f"{layer.name}:x", f"{layer.name}:y"
         graph.input.append(value(x, TensorProto.FLOAT, [*leading, k]))
         graph.output.append(value(y, TensorProto.FLOAT, [*leading, n]))
-        graph.node.extend(static_int8(layer, "qdq")(onnx.helper.make_node("Placeholder", [x], [y]), editor))
+        graph.node.extend(
+            static_int8(layer, "qdq", float_weights=True)(onnx.helper.make_node("Placeholder", [x], [y]), editor)
+        )
     opsets = [onnx.helper.make_opsetid("", opset)]
     return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8, producer_name="qvdit")

@@ -1,4 +1,4 @@
-"""A sampling run as plain numbers, so that a program without PyTorch can repeat it: ``sample/plan.safetensors``.
+"""The sampling plan of a pipeline: what a program without PyTorch needs to repeat a run of it.
 
 What needs the pipeline (noise, text encoder, scheduler) is taken from it here. What is left is arithmetic:
 x ← keep · x + gain · v at every step, v the model's guided output.
@@ -8,52 +8,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
 
 from qvdit.contract import QvditError
-from qvdit.contract.files import write_atomic
-
-FORMAT = "qvdit-plan-1"
-
-
-@dataclass(frozen=True)
-class SamplingPlan:
-    """One video's sampling; S steps."""
-
-    latents: np.ndarray  # float32 [1, C, T, H, W]: the noise to start from
-    timesteps: np.ndarray  # float32 [S], as the model is given them
-    keep: np.ndarray  # float32 [S]
-    gain: np.ndarray  # float32 [S]; flow matching: σ' - σ
-    condition: np.ndarray  # float32 [2, L, D]: without and with the prompt; [1, L, D] where there is no guidance
-    guidance: float
-    clamp: bool  # the pipeline clamps the result to -1 … 1
-    reference: np.ndarray | None = None  # float32 [1, …]: what another runtime made of it
-
-
-def save_plan(plan: SamplingPlan, path: Path) -> None:
-    """Write a plan, whole or not at all."""
-    tensors = {
-        "latents": plan.latents,
-        "timesteps": plan.timesteps,
-        "keep": plan.keep,
-        "gain": plan.gain,
-        "encoder_hidden_states": plan.condition,
-        "guidance": np.array([plan.guidance], np.float32),
-        "clamp": np.array([plan.clamp], np.float32),
-    }
-    if plan.reference is not None:
-        tensors["reference"] = plan.reference
-    held = {name: np.ascontiguousarray(value, np.float32) for name, value in tensors.items()}
-    # One entry: the order of several changes from run to run.
-    write_atomic(path, partial(save_file, held, metadata={"format": FORMAT}))
+from qvdit.contract.plan import SamplingPlan
 
 
 def plan_sampling(

@@ -109,7 +109,10 @@ def static_model(
     """A strongly typed graph with Q/DQ in the placeholders, float32 inside and cast to their output's type."""
     types = {value.name: value.type.tensor_type.elem_type for value in typed.graph.value_info}
     outputs = {placeholder_name(node): node.output[0] for node in typed.graph.node if node.domain == DOMAIN}
-    fills = {layer.name: _cast_after(static_int8(layer, "qdq"), types[outputs[layer.name]]) for layer in layers}
+    fills = {
+        layer.name: _cast_after(static_int8(layer, "qdq", float_weights=True), types[outputs[layer.name]])
+        for layer in layers
+    }
     model = fill(typed, fills | plain_fills(typed, kept))
     drop_domain(model)
     return model

@@ -266,6 +266,7 @@ def engine(
 ) -> None:
     """Build and prove the TensorRT engine of an exported bundle, on the machine that is to run it. No PyTorch."""
     from qvdit.runtimes.tensorrt.build import BuildOptions, build_engine, parse_bytes, parse_size
+    from qvdit.runtimes.tensorrt.progress import shown
 
     options = BuildOptions(
         video_sizes=tuple(map(parse_size, video_size or [])),
@@ -277,7 +278,8 @@ def engine(
         plugin=plugin,
         verbose=verbose,
     )
-    build_engine(bundle, options, device, _say_line)
+    with shown() as (say, report):
+        build_engine(bundle, options, device, say, report)
 
 
 @app.command()
@@ -312,7 +314,7 @@ def doctor() -> None:
 
     from qvdit.method import recipe as recipes
     from qvdit.runtimes.onnxruntime import saturates
-    from qvdit.system import edge_tools, missing_for_tensorrt, tool_versions
+    from qvdit.system import edge_tools, missing_for_tensorrt, tensorrt_parts, tool_versions
 
     for name, version in tool_versions().items():
         console.print(f"{name} {version}")
@@ -322,6 +324,8 @@ def doctor() -> None:
     )
     slow = "no VNNI: 8-bit products run unsigned, exact but slower" if saturates() else "fast 8-bit products"
     console.print(f"onnxruntime target: ready, {slow}")
+    for line in tensorrt_parts():
+        _say_line(line)
     missing = missing_for_tensorrt()
     console.print(
         f"tensorrt target: {'ready' if missing is None else f'no engine can be built here: {missing}'}", soft_wrap=True
@@ -549,8 +553,10 @@ def _build_engine(job: Job) -> None:
             f"python -m qvdit.runtimes.tensorrt {shlex.quote(str(job.out))}",
         )
     from qvdit.runtimes.tensorrt.build import BuildOptions, build_engine
+    from qvdit.runtimes.tensorrt.progress import shown
 
-    build_engine(job.out, BuildOptions(), say=_say_line)
+    with shown() as (say, report):
+        build_engine(job.out, BuildOptions(), say=say, report=report)
 
 
 def _say_line(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -47,6 +48,20 @@ def missing_for_tensorrt(with_plugin: bool = True) -> str | None:
     except QvditError as error:
         return error.got
     return None
+
+
+def tensorrt_parts() -> list[str]:
+    """TensorRT's version and the plugin's file, as far as they are here; no line for what is not."""
+    from qvdit.contract import QvditError
+    from qvdit.runtimes.tensorrt import plugin, versions
+
+    found = []
+    with contextlib.suppress(QvditError):
+        found.append(f"tensorrt {versions.tensorrt().__version__}")
+    with contextlib.suppress(QvditError):
+        library = plugin.find_library()
+        found.append(f"tensorrt plugin {library.path}, version {library.version} for TensorRT {library.tensorrt}")
+    return found
 
 
 def edge_tools() -> dict[str, str]:

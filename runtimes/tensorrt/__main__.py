@@ -11,6 +11,7 @@ from pathlib import Path
 
 from qvdit.contract import QvditError
 from qvdit.runtimes.tensorrt.build import BuildOptions, build_engine, parse_bytes, parse_size
+from qvdit.runtimes.tensorrt.progress import shown
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,7 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
             plugin=given.plugin,
             verbose=given.verbose,
         )
-        build_engine(given.bundle, options, given.device, lambda text: print(text, flush=True))
+        with shown() as (say, report):
+            build_engine(given.bundle, options, given.device, say, report)
     except QvditError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -20,9 +20,8 @@ from qvdit.runtimes.tensorrt import plugin, versions
 from qvdit.runtimes.tensorrt.device import Device
 from qvdit.runtimes.tensorrt.engine import EngineFacts, Profile, complete_install, install, model_hashes, pending
 from qvdit.runtimes.tensorrt.log import logger
+from qvdit.runtimes.tensorrt.progress import Report, Say, no_report
 from qvdit.runtimes.tensorrt.session import TensorRtSession, open_device
-
-Say = Callable[[str], None]
 
 MOST_TEXT_TOKENS = 512  # of the encoders of Wan (512), CogVideoX (226) and Latte (120)
 
@@ -117,10 +116,16 @@ class Builder:
     """Builds engines on one GPU: one logger, one plugin, one timing cache for all of them."""
 
     def __init__(
-        self, device: Device, options: BuildOptions, cache: Path, library: plugin.PluginLibrary | None, say: Say = print
+        self,
+        device: Device,
+        options: BuildOptions,
+        cache: Path,
+        library: plugin.PluginLibrary | None,
+        say: Say = print,
+        report: Report = no_report,
     ):
         self.trt = versions.tensorrt()
-        self.device, self.options, self.cache, self.say = device, options, cache, say
+        self.device, self.options, self.cache, self.say, self.report = device, options, cache, say, report
         self.log = logger(options.verbose)
         if library is not None:
             plugin.load_library(library, self.log)
@@ -137,6 +142,7 @@ class Builder:
         versions.fix_shapes(network, profile)
         config = builder.create_builder_config()
         versions.configure(self.trt, config, network, self.options.workspace, level, self.options.verbose)
+        watched = versions.watch(self.trt, config, self.report)
         shapes = builder.create_optimization_profile()
         for name, sizes in profile.items():
             shapes.set_shape(name, *sizes)
@@ -153,6 +159,7 @@ class Builder:
                 f"({self.device.free_memory():,} bytes are free)",
                 "do what the reason says; --verbose shows all of it",
             )
+        del watched
         self._keep_cache(config)
         return bytes(plan)
 
@@ -184,10 +191,13 @@ def _held(path: Path) -> Iterator[None]:
         yield
 
 
-def build_engine(bundle: Path, options: BuildOptions, device: str = "cuda", say: Say = print) -> Built:
+def build_engine(
+    bundle: Path, options: BuildOptions, device: str = "cuda", say: Say = print, report: Report = no_report
+) -> Built:
     """Build and prove a bundle's engine; the one that is there stays until the new one has passed.
 
-    say: is told of every step. QvditError says what is missing, what TensorRT refused or what parity found.
+    say: is told of every step; report: how far it is, where TensorRT tells.
+    QvditError says what is missing, what TensorRT refused or what parity found.
     """
     from qvdit.runtimes.tensorrt.parity import check_engine, refuse_failed
 
@@ -199,7 +209,7 @@ def build_engine(bundle: Path, options: BuildOptions, device: str = "cuda", say:
     saved = load_reference(bundle)
     profile = make_profile(manifest.inputs, {name: value.shape for name, value in saved.inputs.items()}, options)
     cache = options.timing_cache or (bundle / ENGINE).with_name("timing.cache")
-    builder = Builder(gpu, options, cache, library, say)
+    builder = Builder(gpu, options, cache, library, say, report)
     here = gpu.facts()
     say(f"TensorRT {trt.__version__} on {here.name}: building {bundle / ENGINE}")
     start = time.monotonic()

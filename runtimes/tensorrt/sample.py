@@ -16,7 +16,8 @@ from safetensors.numpy import save_file
 
 from qvdit.contract import QvditError
 from qvdit.contract.files import write_atomic
-from qvdit.runtimes.sampling import read_plan, sample
+from qvdit.contract.plan import read_plan
+from qvdit.runtimes.sampling import sample
 from qvdit.runtimes.tensorrt.session import TensorRtSession
 
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from qvdit.contract import QvditError
+from qvdit.runtimes.tensorrt.progress import Report, monitor
 
 OLDEST = (8, 6)  # tensor names in the runtime API are from 8.5, IPluginV2DynamicExt as built is 8.6's
 
@@ -84,6 +85,15 @@ def configure(trt: Any, config: Any, network: Any, workspace: int | None, level:
             config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
         if not _works("cublasLt", (12, 11)) or not _works("cudnn", (8,)):
             config.set_tactic_sources(0)  # else the builder fails where these libraries are missing
+
+
+def watch(trt: Any, config: Any, report: Report) -> Any:
+    """Have a build report its progress, from 10 on; what is returned must live as long as the build."""
+    if not hasattr(config, "progress_monitor"):
+        return None
+    made = monitor(trt, report)
+    config.progress_monitor = made
+    return made
 
 
 def relax(trt: Any, config: Any) -> bool:

@@ -25,12 +25,13 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import qvdit.runtimes
 from qvdit.contract.bundle import read_manifest
 from qvdit.contract.files import write_atomic, write_json
+from qvdit.contract.plan import read_plan, save_plan
 from qvdit.half import infer
 from qvdit.method.calibration import read_prompts
 from qvdit.models.loading import find_model
 from qvdit.quality import Trial, means, measurements
 from qvdit.reference import measure
-from qvdit.runtimes.sampling import read_plan, sample
+from qvdit.runtimes.sampling import sample
 
 GUIDANCE = 2.5
 
@@ -49,7 +50,7 @@ class PyTorch:
 
 def plan(folder: Path, count: int, steps: int) -> None:
     """Write the plans of every shipped model, for prompts that calibration does not use."""
-    from qvdit.export.plan import plan_sampling, save_plan
+    from qvdit.export.plan import plan_sampling
     from qvdit.method import calibration
     from qvdit.settings import shipped_prompts
 

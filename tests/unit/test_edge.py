@@ -19,6 +19,7 @@ from qvdit.contract import QvditError
 from qvdit.contract.bundle import DEVICE, SAMPLING_PLAN, Manifest, verify, write_manifest
 from qvdit.contract.bundle import PLUGIN as LIBRARY
 from qvdit.contract.files import read_json, sha256
+from qvdit.contract.plan import FORMAT, SamplingPlan, save_plan
 from qvdit.export import cross, devices, edge, plan
 from qvdit.method.calibration import sample
 
@@ -33,7 +34,7 @@ def sampled(pipeline: Any, steps: int, guidance: float) -> torch.Tensor:
     return sample(pipeline, [PROMPT], steps, guidance, [7])
 
 
-def planned(pipeline: Any, steps: int, guidance: float) -> plan.SamplingPlan:
+def planned(pipeline: Any, steps: int, guidance: float) -> SamplingPlan:
     return plan.plan_sampling(pipeline, lambda pipe: sampled(pipe, steps, guidance), guidance, clamp=True)
 
 
@@ -41,7 +42,7 @@ def planned(pipeline: Any, steps: int, guidance: float) -> plan.SamplingPlan:
 def test_the_runner_samples_as_the_pipeline_does(runner, tiny_pipeline, tmp_path, guidance):
     """To the last bit, given the same velocities."""
     made = planned(tiny_pipeline, 4, guidance)
-    plan.save_plan(made, tmp_path / "plan")
+    save_plan(made, tmp_path / "plan")
     batch = 2 if guidance > 1 else 1
     noise = made.latents
     example = {
@@ -103,7 +104,7 @@ def test_damaged_plans(runner, tiny_pipeline, tmp_path):
         with pytest.raises(RefusedError, match=why):
             runner.call("sample", tmp_path / "plan", exchange, COMPUTE(lambda: 1), tmp_path / "video")
 
-    plan.save_plan(made, tmp_path / "plan")
+    save_plan(made, tmp_path / "plan")
     refused("a model with other inputs")
     for change, why in (
         ({"gain": made.gain[:2]}, "steps do not have one length"),
@@ -111,13 +112,13 @@ def test_damaged_plans(runner, tiny_pipeline, tmp_path):
         ({"condition": made.condition[0]}, "whose prompt is none"),
         ({"reference": made.condition}, "whose reference is another video"),
     ):
-        plan.save_plan(dataclasses.replace(made, **change), tmp_path / "plan")
+        save_plan(dataclasses.replace(made, **change), tmp_path / "plan")
         refused(why)
     save_file({"latents": made.latents}, tmp_path / "plan")
     refused("no format in its metadata")
     save_file({"latents": made.latents}, tmp_path / "plan", metadata={"format": "qvdit-plan-2"})
     refused("a plan of the format qvdit-plan-2")
-    save_file({"latents": made.latents}, tmp_path / "plan", metadata={"format": plan.FORMAT})
+    save_file({"latents": made.latents}, tmp_path / "plan", metadata={"format": FORMAT})
     refused("without timesteps")
 
 

@@ -12,7 +12,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from qvdit.contract import QvditError
-from qvdit.runtimes.sampling import FORMAT, read_plan, sample
+from qvdit.contract.plan import FORMAT, read_plan
+from qvdit.runtimes.sampling import sample
 
 STEPS, PROMPT = 3, "a red circle moving right in front of a blue square circling clockwise on a grey background"
 
@@ -42,8 +43,9 @@ def write_plan(pipeline: Any, guidance: float, path: Path) -> torch.Tensor:
         "gain": sigmas[1:] - sigmas[:-1],
         "encoder_hidden_states": condition.numpy(),
         "guidance": np.array([guidance], np.float32),
+        "clamp": np.ones(1, np.float32),
     }
-    save_file(tensors, path, metadata={"format": FORMAT, "clamp": "true"})
+    save_file(tensors, path, metadata={"format": FORMAT})
     return noise
 
 

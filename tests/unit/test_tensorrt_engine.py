@@ -13,10 +13,11 @@ from fake_tensorrt import DataType, Fake, FakeDriver, Layer, LayerType, Network,
 
 from qvdit.contract import QvditError
 from qvdit.contract.bundle import ENGINE, ENGINE_FACTS, ENGINE_PARITY
-from qvdit.contract.parity import load_reference
+from qvdit.contract.parity import load_reference, save_half
 from qvdit.runtimes.tensorrt import device, plugin, versions
 from qvdit.runtimes.tensorrt.build import BuildOptions, build_engine, make_profile
 from qvdit.runtimes.tensorrt.session import TensorRtSession
+from qvdit.system import tensorrt_parts
 
 BUILT_FOR = b"\x7fELF\0qvdit LowBitLinear 1 for TensorRT %s\0"
 
@@ -103,6 +104,27 @@ def test_an_engine_that_fails_parity_takes_no_place(field: str, value: float, tr
     with pytest.raises(QvditError, match="fails parity"):
         build(exported)
     assert kept_files(exported) == before
+
+
+@pytest.mark.parametrize(("away", "passes"), [(1.0, True), (1.5, False)])
+def test_pytorchs_fp16_run_is_the_measure_where_it_is_there(
+    away: float, passes: bool, trt: Fake, exported: Path
+) -> None:
+    """away: that run's error against full precision, in that of the float32 run."""
+    saved = load_reference(exported)
+    output = saved.full + np.float32(away) * (saved.quantized - saved.full)
+    save_half(exported, output)
+    said: list[str] = []
+    if passes:
+        build_engine(exported, BuildOptions(), say=said.append)
+        result = json.loads((exported / ENGINE_PARITY).read_text())
+        assert result["half_error_ratio"] == pytest.approx(result["error_ratio"], rel=1e-3)
+        assert result["error_half"] == pytest.approx(result["error_reference"], rel=1e-3)
+        assert result["half_rel_err"] < 0.01
+        assert any("PyTorch's FP16 run" in text for text in said)
+    else:
+        with pytest.raises(QvditError, match="PyTorch's FP16 run"):
+            build(exported)
 
 
 def layer(kind: LayerType, inputs: list[Tensor], name: str, dtype: DataType = DataType.FLOAT, **own: Any) -> Layer:
@@ -289,6 +311,16 @@ def test_a_plugin_that_registers_nothing(trt: Fake, exported: Path, monkeypatch:
     monkeypatch.setattr(plugin, "_load", lambda path: None)
     with pytest.raises(QvditError, match="registers no LowBitLinear"):
         build(exported)
+
+
+def test_the_doctor_names_version_and_plugin(trt: Fake, exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(plugin.VARIABLE, str(exported / "tensorrt" / plugin.LIBRARY))
+    first, second = tensorrt_parts()
+    assert first == "tensorrt 8.6.0"
+    assert str(exported / "tensorrt" / plugin.LIBRARY) in second
+    assert "for TensorRT 8.6.0" in second
+    monkeypatch.setenv(plugin.VARIABLE, "/no/such.so")
+    assert tensorrt_parts() == [first]
 
 
 def test_a_bundle_for_another_target(trt: Fake, bundle: Path) -> None:

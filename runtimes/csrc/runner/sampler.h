@@ -1,5 +1,5 @@
 // Sampling a video's latents: a loop of plain arithmetic around the model. What needs the pipeline (its scheduler, text
-// encoder and random numbers) is in a plan that export/plan.py wrote.
+// encoder and random numbers) is in a plan that export/plan.py made.
 #pragma once
 
 #include <functional>

@@ -14,6 +14,7 @@ from pathlib import Path
 from qvdit.contract.bundle import (
     DEVICE,
     ORT_MODEL,
+    PARITY_HALF,
     PARITY_INPUTS,
     PARITY_REFERENCE,
     PLUGIN,
@@ -72,7 +73,7 @@ def source_files(sources: Path) -> list[Path]:
 
 
 def _bundle_files(bundle: Path) -> list[str]:
-    names = [*_COPIED, *(f"{name}.data" for name in _COPIED), PARITY_INPUTS, PARITY_REFERENCE]
+    names = [*_COPIED, *(f"{name}.data" for name in _COPIED), PARITY_INPUTS, PARITY_REFERENCE, PARITY_HALF]
     return [name for name in names if (bundle / name).is_file()]
 
 

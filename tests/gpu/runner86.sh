@@ -2,19 +2,19 @@
 # Builds the C++ runner against TensorRT 8.6 and runs all of it, on a GPU machine without network: build, parity, bench
 # (with and without a CUDA graph) and sample on copies of bundles or edge folders; then what it must refuse.
 #
-#   tests/gpu/runner86.sh --tensorrt DIR --headers DIR --out DIR [--cutlass DIR] [--architectures 90a]
+#   tests/gpu/runner86.sh --tensorrt DIR --headers DIR --out DIR ([--cutlass DIR] [--architectures 90a] | --kernels DIR)
 #                         [--options '--optimization-level 2'] [BUNDLE …]
 #
 # --tensorrt: a folder with lib/libnvinfer.so.8 and lib/libnvonnxparser.so.8; --headers: TensorRT's include folder, with
 # the NvOnnxParser.h of github.com/onnx/onnx-tensorrt (release/8.6-EA) in it. Kernels and plugin that tensorrt86.sh built
-# are taken up. BUNDLE: a bundle, or OUT/edge of qvdit-export --device local, whose build.sh is run too. Left in --out:
+# are taken up; --kernels: a folder where the plugin is already. BUNDLE: a bundle, or OUT/edge of qvdit-export --device local, whose build.sh is run too. Left in --out:
 # runner/NAME/ with the logs, engine.json, parity.json, bench.json and latents of each.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
-tensorrt= headers= out= cutlass= architectures=90a options=
+tensorrt= headers= out= cutlass= architectures=90a options= kernels=
 while [ $# -gt 0 ]; do
   case $1 in
-    --tensorrt | --headers | --out | --cutlass | --architectures | --options)
+    --tensorrt | --headers | --out | --cutlass | --architectures | --options | --kernels)
       printf -v "${1#--}" %s "$2"
       shift 2
       ;;
@@ -29,13 +29,19 @@ tensorrt=$(realpath "$tensorrt") headers=$(realpath "$headers") out=$(realpath -
 mkdir -p "$out"
 cd "$root"
 
-cmake -S runtimes/csrc -B build/kernels -G Ninja "-DQVDIT_ARCHITECTURES=$architectures" \
-  "-DQVDIT_TENSORRT_INCLUDE=$headers" "-DQVDIT_TENSORRT_LIB=$tensorrt/lib/libnvinfer.so.8" -DQVDIT_RUNNER=ON \
-  ${cutlass:+"-DQVDIT_CUTLASS=$(realpath "$cutlass")"} >"$out/configure.log" 2>&1 || { cat "$out/configure.log"; exit 1; }
+if [ -n "$kernels" ]; then
+  build=build/runner library=$(realpath "$kernels")/libqvdit_tensorrt.so chosen=(-DQVDIT_CUDA_KERNELS=OFF)
+else
+  build=build/kernels library=$root/build/kernels/libqvdit_tensorrt.so
+  chosen=("-DQVDIT_ARCHITECTURES=$architectures" ${cutlass:+"-DQVDIT_CUTLASS=$(realpath "$cutlass")"})
+fi
+cmake -S runtimes/csrc -B "$build" -G Ninja "-DQVDIT_TENSORRT_INCLUDE=$headers" \
+  "-DQVDIT_TENSORRT_LIB=$tensorrt/lib/libnvinfer.so.8" -DQVDIT_RUNNER=ON "${chosen[@]}" \
+  >"$out/configure.log" 2>&1 || { cat "$out/configure.log"; exit 1; }
 start=$SECONDS
-cmake --build build/kernels --parallel "$(nproc)" >"$out/build.log" 2>&1 || { tail -50 "$out/build.log"; exit 1; }
+cmake --build "$build" --parallel "$(nproc)" >"$out/build.log" 2>&1 || { tail -50 "$out/build.log"; exit 1; }
 echo "runner built in $((SECONDS - start)) s"
-run=$root/build/kernels/qvdit-run plugin=(--plugin "$root/build/kernels/libqvdit_tensorrt.so")
+run=$root/$build/qvdit-run plugin=(--plugin "$library")
 export LD_LIBRARY_PATH=$tensorrt/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 
 failed=0

@@ -31,6 +31,8 @@ from qvdit.contract.parity import (
     LayerReference,
     SavedParity,
     compare_models,
+    relative_error,
+    save_half,
     save_reference,
 )
 from qvdit.runtimes.tensorrt.parity import summary
@@ -690,10 +692,18 @@ def test_the_whole_model(runner, folder):
     ports = {name: np.zeros_like(value) for name, value in folder.saved.inputs.items()}
     save_file(ports, folder.exchange / "inputs.safetensors")
     save_file({"output": output}, folder.exchange / "outputs.safetensors")
-    found = (ctypes.c_double * 3)()
+    found = (ctypes.c_double * 6)()
     runner.call("model", folder.parity, folder.exchange, COMPUTE(compute), found)
     expected = compare_models(output, folder.saved.quantized, folder.saved.full)
-    np.testing.assert_allclose(list(found), [expected.rel_err, expected.cosine, expected.error_ratio], rtol=1e-12)
+    np.testing.assert_allclose(list(found)[:3], [expected.rel_err, expected.cosine, expected.error_ratio], rtol=1e-12)
+    assert list(found)[3:] == [0, -1, 1]
+    # An FP16 run of the quantized model, where there is one, is what an engine is judged by.
+    half = np.full((2, 5), 2.1, np.float32)
+    save_half(folder.parity.parent, half)
+    runner.call("model", folder.parity, folder.exchange, COMPUTE(compute), found)
+    ratio = relative_error(output, folder.saved.full) / relative_error(half, folder.saved.full)
+    np.testing.assert_allclose(list(found)[3:5], [ratio, relative_error(output, half)], rtol=1e-12)
+    assert found[5] == 0
     save_file(ports | {"more": np.zeros(1, np.float32)}, folder.exchange / "inputs.safetensors")
     with pytest.raises(RefusedError, match="without model:more"):
         runner.call("model", folder.parity, folder.exchange, COMPUTE(compute), found)

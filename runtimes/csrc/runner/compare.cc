@@ -23,7 +23,11 @@ bool LayerParity::passed() const { return !xq_mismatches && !acc_mismatches && r
 
 double ModelParity::error_ratio() const { return error_runtime / std::max(error_reference, kSmallest); }
 
-bool ModelParity::passed() const { return std::abs(error_ratio() - 1) <= kRatioTolerance; }
+double ModelParity::half_error_ratio() const { return error_runtime / std::max(error_half, kSmallest); }
+
+bool ModelParity::passed() const {
+  return std::abs((has_half() ? half_error_ratio() : error_ratio()) - 1) <= kRatioTolerance;
+}
 
 double relative_error(const std::vector<float>& value, const std::vector<float>& reference) {
   if (value.size() != reference.size()) return std::numeric_limits<double>::infinity();

@@ -22,10 +22,16 @@ struct ModelParity {
   double cosine = 0;           // of r and q
   double error_runtime = 0;    // ‖r - f‖ / ‖f‖
   double error_reference = 0;  // ‖q - f‖ / ‖f‖
+  // Where there is an FP16 run h of PyTorch's quantized model, whose rounding is an engine's kind; negative elsewhere.
+  double error_half = -1;    // ‖h - f‖ / ‖f‖
+  double half_rel_err = -1;  // ‖r - h‖ / ‖h‖
 
   // The runtime's error against full precision over the reference's: 1 is parity.
   double error_ratio() const;
-  // Within 10 % of it.
+  bool has_half() const { return error_half >= 0; }
+  // The same over the FP16 run's.
+  double half_error_ratio() const;
+  // Whether the ratio to the FP16 run, or where there is none to the reference, is within 10 % of 1.
   bool passed() const;
 };
 

@@ -9,6 +9,7 @@ constexpr char kLayersEngine[] = "tensorrt/layers.plan", kLayersFacts[] = "tenso
 constexpr char kTimingCache[] = "tensorrt/timing.cache";
 constexpr char kParity[] = "tensorrt/parity.json";
 constexpr char kParityInputs[] = "parity/inputs.safetensors", kParityReference[] = "parity/reference.safetensors";
+constexpr char kParityHalf[] = "parity/half.safetensors";  // where a GPU made one
 constexpr char kPlan[] = "sample/plan.safetensors";
 // A plugin that was built here comes before the one that came along.
 constexpr const char* kPlugins[] = {"build/libqvdit_tensorrt.so", "tensorrt/libqvdit_tensorrt.so"};

@@ -132,13 +132,20 @@ Profile layer_profile(const std::string& port, const SafeTensors& inputs) {
   return profile;
 }
 
-ModelParity check_model(Model& model, const SafeTensors& inputs, const SafeTensors& reference) {
+ModelParity check_model(Model& model, const SafeTensors& inputs, const SafeTensors& reference,
+                        const SafeTensors* half) {
   const Tensors outputs = model.infer(model_feed(model, inputs));
   if (outputs.size() != 1) {
     throw Error("a model of " + std::to_string(outputs.size()) + " outputs", "one", "export the model again");
   }
-  return compare_models(floats(outputs.begin()->second), floats(reference.read(kModel + "quantized")),
-                        floats(reference.read(kModel + "full")));
+  const std::vector<float> found = floats(outputs.begin()->second), full = floats(reference.read(kModel + "full"));
+  ModelParity parity = compare_models(found, floats(reference.read(kModel + "quantized")), full);
+  if (half) {
+    const std::vector<float> rounded = floats(half->read(kModel + "half"));
+    parity.error_half = relative_error(rounded, full);
+    parity.half_rel_err = relative_error(found, rounded);
+  }
+  return parity;
 }
 
 std::vector<LayerParity> check_layers(Model& layers, const SafeTensors& inputs, const SafeTensors& reference) {

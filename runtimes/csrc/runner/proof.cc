@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <map>
 
 #include "json.h"
 
@@ -49,9 +50,10 @@ std::string Proof::text() const {
           " compared: " + std::to_string(all.xq_mismatches) + " of " + std::to_string(all.xq_compared) + " x_q and " +
           std::to_string(all.acc_mismatches) + " of " + std::to_string(all.acc_compared) +
           " acc differ, relative error at most " + format("%.1e", all.rel_err) + "\n";
+  const double ratio = model.has_half() ? model.half_error_ratio() : model.error_ratio();
   text += "model    relative error " + format("%.2e", model.rel_err) + " to PyTorch's quantized model, cosine " +
-          format("%.6f", model.cosine) + ", error against full precision " + format("%.3f", model.error_ratio()) +
-          " of the reference's\n";
+          format("%.6f", model.cosine) + ", error against full precision " + format("%.3f", ratio) + " of that of " +
+          (model.has_half() ? "its FP16 run\n" : "its float32 run\n");
   return text;
 }
 
@@ -67,18 +69,23 @@ std::string Proof::json() const {
                                  {"integers", Json::boolean(layer.acc_compared > 0)}}));
   }
   const LayerParity all = total(layers);
-  return Json::object({{"layers_compared", Json::of(static_cast<int64_t>(layers.size()))},
-                       {"xq_compared", Json::of(all.xq_compared)},
-                       {"xq_mismatches", Json::of(all.xq_mismatches)},
-                       {"acc_compared", Json::of(all.acc_compared)},
-                       {"acc_mismatches", Json::of(all.acc_mismatches)},
-                       {"model_rel_err", Json::of(model.rel_err)},
-                       {"model_cosine", Json::of(model.cosine)},
-                       {"error_runtime", Json::of(model.error_runtime)},
-                       {"error_reference", Json::of(model.error_reference)},
-                       {"error_ratio", Json::of(model.error_ratio())},
-                       {"layers", Json::array(rows)}})
-      .text();
+  std::map<std::string, Json> told = {{"layers_compared", Json::of(static_cast<int64_t>(layers.size()))},
+                                      {"xq_compared", Json::of(all.xq_compared)},
+                                      {"xq_mismatches", Json::of(all.xq_mismatches)},
+                                      {"acc_compared", Json::of(all.acc_compared)},
+                                      {"acc_mismatches", Json::of(all.acc_mismatches)},
+                                      {"model_rel_err", Json::of(model.rel_err)},
+                                      {"model_cosine", Json::of(model.cosine)},
+                                      {"error_runtime", Json::of(model.error_runtime)},
+                                      {"error_reference", Json::of(model.error_reference)},
+                                      {"error_ratio", Json::of(model.error_ratio())},
+                                      {"layers", Json::array(rows)}};
+  if (model.has_half()) {
+    told["error_half"] = Json::of(model.error_half);
+    told["half_rel_err"] = Json::of(model.half_rel_err);
+    told["half_error_ratio"] = Json::of(model.half_error_ratio());
+  }
+  return Json::object(told).text();
 }
 
 }  // namespace qvdit::runner

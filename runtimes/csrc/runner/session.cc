@@ -168,7 +168,9 @@ Proof Session::prove(Engine* layers, Engine& model) const {
   Proof proof;
   proof.layers_saved = count_layers(inputs);
   if (layers) proof.layers = check_layers(*layers, inputs, reference);
-  proof.model = check_model(model, inputs, reference);
+  std::unique_ptr<SafeTensors> half;
+  if (is_file(path(kParityHalf))) half = std::make_unique<SafeTensors>(path(kParityHalf));
+  proof.model = check_model(model, inputs, reference, half.get());
   return proof;
 }
 

@@ -2,6 +2,7 @@
 // text.
 #include <cstdio>
 #include <cstring>
+#include <memory>
 #include <string>
 
 #include "../../../runtimes/csrc/runner/arguments.h"
@@ -208,8 +209,13 @@ int32_t runner_model(const char* parity, const char* folder, int32_t (*compute)(
     const SafeTensors inputs(std::string(parity) + "/inputs.safetensors");
     const SafeTensors reference(std::string(parity) + "/reference.safetensors");
     Exchange model(folder, compute);
-    const ModelParity result = check_model(model, inputs, reference);
+    const std::string rounded = std::string(parity) + "/half.safetensors";
+    std::unique_ptr<SafeTensors> half;
+    if (is_file(rounded)) half = std::make_unique<SafeTensors>(rounded);
+    const ModelParity result = check_model(model, inputs, reference, half.get());
     found[0] = result.rel_err, found[1] = result.cosine, found[2] = result.error_ratio();
+    found[3] = result.has_half() ? result.half_error_ratio() : 0;
+    found[4] = result.half_rel_err, found[5] = result.passed();
     return std::string();
   });
 }

@@ -89,7 +89,7 @@ def test_the_fp16_engine_is_plain(prepared: Path) -> None:
     assert {node.domain for node in model.graph.node} == {""}
     assert not {node.op_type for node in model.graph.node} & {"QuantizeLinear", "DequantizeLinear"}
     static = onnx.load(cases.folder(prepared, SLICE, "int8_qdq") / TENSORRT_MODEL)
-    assert sum(node.op_type == "QuantizeLinear" for node in static.graph.node) == 16
+    assert sum(node.op_type == "QuantizeLinear" for node in static.graph.node) == 2 * 16  # of inputs and of weights
 
 
 def test_what_is_there_is_not_prepared_again(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:

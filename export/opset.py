@@ -3,8 +3,7 @@
 Its parser takes files of opset 18 and means over all axes where ReduceMean's axes are an input, as they are since then.
 It also overlooks Shape's ``start`` and ``end``, which are older: a Slice does their work here. ONNX's own version
 converter fails on Split and ReduceMean. The operators of a transformer have hardly changed since 17: most took in more
-types, Gelu is new and is written out. LayerNormalization is written out as well: 8.6 makes a layer of it whose scale
-stays float32 while its result is FP16, and then finds no implementation for what it is fused with.
+types, Gelu is new and is written out.
 """
 
 from __future__ import annotations
@@ -50,21 +49,6 @@ _GELU = {
         half = Mul (x, c_half)
         y = Mul (half, raised)""",
 }
-# The variance is that of x - mean, so it never cancels.
-_LAYER_NORM = """
-        mean = ReduceMean <axes = [-1], keepdims = 1> (x)
-        centred = Sub (x, mean)
-        squares = Mul (centred, centred)
-        variance = ReduceMean <axes = [-1], keepdims = 1> (squares)
-        raised = Add (variance, c_epsilon)
-        deviation = Sqrt (raised)
-        normal = Div (centred, deviation)"""
-_WITHOUT_BIAS = """
-        y = Mul (normal, scale)"""
-_WITH_BIAS = """
-        scaled = Mul (normal, scale)
-        y = Add (scaled, bias)"""
-
 _CONSTANTS = {
     "c_cubic": 0.044715,
     "c_tanh": 0.7978845608028654,
@@ -193,48 +177,28 @@ def _since(node: onnx.NodeProto, opset: int) -> int:
 
 
 def _gelu(node: onnx.NodeProto, graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    body = _GELU[_given(node).get("approximate", b"none").decode()]
-    constants = {name: (f"gelu:{name}", value) for name, value in _CONSTANTS.items()}
-    return _written_out(body, {"x": node.input[0], "y": node.output[0]}, constants, graph)
-
-
-def _layer_norm(node: onnx.NodeProto, graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    given = _given(node)
-    if given.get("axis", -1) != -1 or len(node.output) > 1 or not all(node.input):
-        raise _no_way("a LayerNormalization of more than its last axis, or of more than one output")
-    epsilon = given.get("epsilon", 1e-5)
-    names = dict(zip(("x", "scale", "bias"), node.input, strict=False)) | {"y": node.output[0]}
-    body = _LAYER_NORM + (_WITH_BIAS if "bias" in names else _WITHOUT_BIAS)
-    return _written_out(body, names, {"c_epsilon": (f"layernorm:{epsilon:g}", epsilon)}, graph)
-
-
-def _written_out(
-    body: str, names: dict[str, str], constants: dict[str, tuple[str, float]], graph: onnx.GraphProto
-) -> list[onnx.NodeProto]:
-    """The nodes of an operator's body, for one call of it.
-
-    names: what the body calls its inputs and its output → what the graph does. constants: of float32, shared by all
-    calls: what the body calls them → their name in the graph and their value.
-    """
+    """The nodes of one Gelu; its constants are shared by all of them."""
+    kinds = [onnx.helper.get_attribute_value(a).decode() for a in node.attribute if a.name == "approximate"]
+    body = _GELU[kinds[0] if kinds else "none"]
     text = f'<opset_import: ["": {TENSORRT_OPSET}], domain: "d">\nf (x) => (y) {{{body}\n}}'
-    nodes = list(onnx.parser.parse_function(text).node)
+    names = {"x": node.input[0], "y": node.output[0]}
     there = {tensor.name for tensor in graph.initializer}
-    for values in (values for inner in nodes for values in (inner.input, inner.output)):
-        for index, name in enumerate(values):
-            if name not in constants:
-                values[index] = names.get(name, f"{names['y']}:{name}")
-                continue
-            values[index], value = constants[name]
-            if values[index] not in there:
-                there.add(values[index])
-                graph.initializer.append(onnx.helper.make_tensor(values[index], onnx.TensorProto.FLOAT, [], [value]))
+    nodes = list(onnx.parser.parse_function(text).node)
+    for inner in nodes:
+        for values in (inner.input, inner.output):
+            for index, name in enumerate(values):
+                if name in _CONSTANTS and f"gelu:{name}" not in there:
+                    constant = onnx.helper.make_tensor(f"gelu:{name}", onnx.TensorProto.FLOAT, [], [_CONSTANTS[name]])
+                    graph.initializer.append(constant)
+                    there.add(constant.name)
+                shared = f"gelu:{name}" if name in _CONSTANTS else f"{node.output[0]}:{name}"
+                values[index] = names.get(name, shared)
     return nodes
 
 
 _OWN_WAYS: dict[str, Callable[[onnx.NodeProto, onnx.GraphProto], list[onnx.NodeProto]]] = {
     "Einsum": _einsum,
     "Gelu": _gelu,
-    "LayerNormalization": _layer_norm,
     "Shape": _shape,
     "Split": _split,
     **dict.fromkeys(_REDUCTIONS, _reduction),

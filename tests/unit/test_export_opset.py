@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.helper
-import onnx.numpy_helper
 import onnx.shape_inference
 import pytest
 from onnx import TensorProto
@@ -43,29 +42,6 @@ def test_gelu(attributes: dict[str, str]) -> None:
     assert len(names) == len(set(names))
     x = np.concatenate([np.linspace(-9, 9, 1001), [0, 1e4, -1e4, 1e15, -1e15]]).astype(np.float32)
     np.testing.assert_allclose(run(found, x), run(model, x), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_layer_norm(bias: bool) -> None:
-    """Written out, since TensorRT 8.6 finds no implementation for a normalization between tensors of two types."""
-    make, random = onnx.helper.make_node, np.random.default_rng(5)
-    ones = {name: random.normal(size=48).astype(np.float32) for name in ("s", "b")}
-    constants = [onnx.numpy_helper.from_array(value, name) for name, value in ones.items()]
-    names = ["s", "b"] if bias else ["s"]
-    nodes = [make("LayerNormalization", ["x", *names], ["h"], epsilon=1e-3)]
-    nodes.append(make("LayerNormalization", ["h", *names], ["y"], epsilon=1e-6, axis=-1))
-    model = graph_of(nodes, constants, (["n", 48], ["n", 48]))
-    found = lowered(model)
-    assert {node.op_type for node in found.graph.node} == {"ReduceMean", "Sub", "Mul", "Add", "Sqrt", "Div"}
-    assert sum(tensor.name.startswith("layernorm:") for tensor in found.graph.initializer) == 2
-    x = (random.normal(size=(7, 48)) * 30 + 1000).astype(np.float32)
-    np.testing.assert_allclose(run(found, x), run(model, x), rtol=1e-3, atol=1e-3)
-
-
-def test_a_normalization_of_two_axes_is_refused() -> None:
-    nodes = [onnx.helper.make_node("LayerNormalization", ["x", "s"], ["y"], axis=-2)]
-    with pytest.raises(QvditError, match="LayerNormalization"):
-        lowered(model_of(*nodes))
 
 
 def test_cast_loses_what_opset_17_does_not_know() -> None:

@@ -583,12 +583,12 @@ def test_a_new_field_of_recipes_changes_no_cell():
 
 
 def test_the_committed_cells_stay_valid(monkeypatch: pytest.MonkeyPatch):
-    """Cells that do not train keep their keys, whatever is added to recipes and whatever the training budget is."""
+    """They keep their keys whatever is added to recipes, and so does a command with the steps they were trained for."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    settled = CompareSettings(device="cuda", distillation_steps=400)
-    keys = {task.key(settled.terms) for task in settled.tasks() if not task.trains}
     folder = Path(__file__).parents[1] / "benchmarks" / "results" / "cells"
-    committed = [json.loads(path.read_text()) for path in folder.glob("cell-*.json")]
-    untrained = {cell["key"] for cell in committed if cell["budget"] is None}
-    assert untrained
-    assert untrained <= keys
+    committed = {cell["key"]: cell for cell in (json.loads(path.read_text()) for path in folder.glob("cell-*.json"))}
+    trained = {key for key, cell in committed.items() if cell["distillation_steps"]}
+    assert trained < set(committed)
+    for steps, expected in ((400, set(committed)), (1000, set(committed) - trained)):
+        settled = CompareSettings(compute="cuda", distillation_steps=steps)
+        assert {task.key(settled.terms) for task in settled.tasks()} & set(committed) == expected

@@ -1,9 +1,10 @@
-"""Shared by the unit tests: one thread, reproducible random examples, and a tiny Wan that samples the drawn world."""
+"""Shared by the unit tests: one thread, reproducible examples, a tiny Wan that samples the drawn world, stand-ins."""
 
 from __future__ import annotations
 
 import hypothesis
 import pytest
+from fake_tensorrt import Fake, FakeDriver
 
 hypothesis.settings.register_profile("unit", deadline=None, derandomize=True, database=None, max_examples=40)
 hypothesis.settings.load_profile("unit")
@@ -55,3 +56,24 @@ def tiny_pipeline(tiny_wan):
     pipeline = PixelVideoPipeline(tiny_wan, FlowMatchEulerDiscreteScheduler(), table)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
+    """The CUDA driver's stand-in, in its place."""
+    from qvdit.runtimes.tensorrt import device
+
+    library = FakeDriver()
+    monkeypatch.setattr(device, "driver", lambda: device.Driver(library))
+    return library
+
+
+@pytest.fixture
+def trt(monkeypatch: pytest.MonkeyPatch, gpu: FakeDriver) -> Fake:
+    """TensorRT's stand-in, in its place."""
+    from qvdit.runtimes.tensorrt import plugin, versions
+
+    fake = Fake()
+    monkeypatch.setattr(versions, "tensorrt", lambda: fake)
+    monkeypatch.setattr(plugin, "_load", lambda path: fake.creators.add("LowBitLinear"))
+    return fake

@@ -27,7 +27,7 @@ from qvdit.contract.bundle import TENSORRT_LAYERS, TENSORRT_MODEL
 from qvdit.contract.layer import padded_size
 from qvdit.contract.parity import load_reference, relative_error
 from qvdit.export import plugin as nodes
-from qvdit.runtimes.tensorrt import device, plugin, versions
+from qvdit.runtimes.tensorrt import plugin
 from tests.conftest import latte
 
 SLICE = "latte-xl-slice"
@@ -156,19 +156,9 @@ class Context(fake_tensorrt.Context):
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
-    library = FakeDriver()
-    monkeypatch.setattr(device, "driver", lambda: device.Driver(library))
-    return library
-
-
-@pytest.fixture
-def trt(monkeypatch: pytest.MonkeyPatch, gpu: FakeDriver) -> Fake:
-    fake = Fake()
-    monkeypatch.setattr(versions, "tensorrt", lambda: fake)
-    monkeypatch.setattr(plugin, "_load", lambda path: fake.creators.add("LowBitLinear"))
+def trt(monkeypatch: pytest.MonkeyPatch, trt: Fake) -> Fake:
     monkeypatch.setattr(fake_tensorrt, "Context", Context)
-    return fake
+    return trt
 
 
 @pytest.fixture

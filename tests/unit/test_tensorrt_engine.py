@@ -22,21 +22,6 @@ from qvdit.system import tensorrt_parts
 BUILT_FOR = b"\x7fELF\0qvdit LowBitLinear 1 for TensorRT %s\0"
 
 
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
-    library = FakeDriver()
-    monkeypatch.setattr(device, "driver", lambda: device.Driver(library))
-    return library
-
-
-@pytest.fixture
-def trt(monkeypatch: pytest.MonkeyPatch, gpu: FakeDriver) -> Fake:
-    fake = Fake()
-    monkeypatch.setattr(versions, "tensorrt", lambda: fake)
-    monkeypatch.setattr(plugin, "_load", lambda path: fake.creators.add("LowBitLinear"))
-    return fake
-
-
 @pytest.fixture(scope="session")
 def tensorrt_bundle(shared: Any, make_job: Any) -> Path:
     """A tiny w4a8 bundle for TensorRT, up to its parity files."""

@@ -32,7 +32,7 @@ Stage = Callable[[str, int, int], None]
 """Called with the name of what is being done, how much of it is done and how much there is."""
 
 SEED = 0  # of calibration and training: they happen once
-_TOGETHER = {"cpu": 1, "cuda": 32}  # prompts of calibration in a forward pass: alone, one leaves a GPU waiting
+_TOGETHER = {"cpu": 1, "cuda": 32}  # most prompts of calibration in a pass: alone, one leaves a GPU waiting
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Bench:
     def __init__(self, model: SourceModel, terms: Terms, device: str, batch: int, folder: Path, stage: Stage):
         self.model, self.terms, self.device, self.batch = model, terms, device, batch
         self.folder, self.stage = folder, stage
+        self.together = min(_TOGETHER[device], batch)  # prompts of calibration, and held-out ones, in a pass
 
     @cached_property
     def pipeline(self) -> Any:
@@ -79,7 +80,7 @@ class Bench:
                 plan,
                 folder,
                 self._progress("calibration"),
-                together=_TOGETHER[self.device],
+                together=self.together,
             )
 
     @property
@@ -100,9 +101,7 @@ class Bench:
         path = self.folder / "statistics.safetensors"
         data = self.data
         with held(path):
-            return statistics.collect(
-                self.full, self.sites, data, path, self._progress("statistics"), _TOGETHER[self.device]
-            )
+            return statistics.collect(self.full, self.sites, data, path, self._progress("statistics"), self.together)
 
     @cached_property
     def reference(self) -> torch.Tensor:
@@ -140,7 +139,7 @@ class Bench:
     def held_out_error(self, layers: tuple[Layer, ...]) -> float:
         """Mean squared error of the quantized model's prediction to full precision's, on held-out records."""
         model = sampling.quantized_transformer(self.full, layers, self.model.adapter, compiled=False)
-        together, shards = _TOGETHER[self.device], self.held_out.shards
+        together, shards = self.together, self.held_out.shards
         total = 0.0
         for start in range(0, len(shards), together):
             self.stage("held-out error", start, len(shards))

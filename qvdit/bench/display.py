@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from qvdit.bench.floors import Figure, Verdict, verdicts
-from qvdit.bench.results import Results, Row, ratio
+from qvdit.bench.results import Results, Row
+from qvdit.bench.saved import ratio
 from qvdit.bench.shapes import Shape
 
 _WIDTH = 144  # where the terminal does not say: a log

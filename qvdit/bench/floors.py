@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from qvdit.bench.results import Results, Row, ratio
+from qvdit.bench.results import Results, Row
+from qvdit.bench.saved import ratio
 from qvdit.bench.shapes import Shape
 
 # TOP/s of the best of several CUTLASS tiles with rank-1 epilogues on an H200, what a first version reached.

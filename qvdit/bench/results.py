@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qvdit.bench import saved
 from qvdit.bench.shapes import Shape
-from qvdit.contract import QvditError
-from qvdit.contract.files import read_json, write_json
+from qvdit.contract.files import write_json
 
 # Dense peaks by NVIDIA's data sheets, TOP/s: int8 (and fp8), bf16. Other GPUs: no share of a ceiling is given.
 _PEAKS = {"NVIDIA H200": (1979.0, 989.0), "NVIDIA H100 80GB HBM3": (1979.0, 989.0)}
@@ -98,13 +98,7 @@ def save(results: Results, path: Path) -> None:
 
 def load(path: Path) -> Results:
     """Read a file that :func:`save` wrote; anything else raises QvditError."""
-    what = "a JSON of `qvdit bench kernels`"
-    value = read_json(path, what)
-    try:
-        header = {field.name: value[field.name] for field in fields(Results)}
-        return Results(**{**header, "rows": tuple(_row(row) for row in header["rows"])})
-    except (KeyError, TypeError, ValueError) as error:
-        raise QvditError(f"{path}, which lacks or adds something ({error})", what, "make it again") from None
+    return saved.load(Results, _row, path, "a JSON of `qvdit bench kernels`")
 
 
 def _row(value: dict[str, Any]) -> Row:
@@ -115,8 +109,3 @@ def _row(value: dict[str, Any]) -> Row:
     if wrong:
         raise ValueError(f"a row with {', '.join(wrong)}")
     return Row(**value)
-
-
-def ratio(slow: Row | None, fast: Row | None) -> float | None:
-    """How many times as fast the second is."""
-    return None if slow is None or fast is None else slow.ms / fast.ms

@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from qvdit.contract import QvditError
+from qvdit.runtimes.tensorrt.arguments import add_build_arguments, build_options, exit_status
 from qvdit.runtimes.tensorrt.build import BuildOptions, build_engine, parse_bytes, parse_size
 from qvdit.runtimes.tensorrt.progress import shown
 
@@ -30,36 +30,26 @@ def parser() -> argparse.ArgumentParser:
         "--fixed", action="store_true", help="the example's shapes and no other: quicker to build and to run"
     )
     made.add_argument("--workspace", metavar="SIZE", help="scratch memory for the build, as 512M or 4G (default: all)")
-    made.add_argument("--optimization-level", type=int, choices=range(6), help="0, fast to build, to 5 (default: 3)")
-    made.add_argument(
-        "--timing-cache", type=Path, help="measurements to reuse (default: timing.cache beside the engine)"
-    )
-    made.add_argument("--plugin", type=Path, help="libqvdit_tensorrt.so")
-    made.add_argument("--device", default="cuda", help="cuda or cuda:N")
-    made.add_argument("--verbose", action="store_true", help="all that TensorRT says, on stderr")
+    add_build_arguments(made, cache="timing.cache beside the engine")
     return made
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Build; returns the exit status."""
     given = parser().parse_args(arguments)
-    try:
-        options = BuildOptions(
-            video_sizes=tuple(map(parse_size, given.video_size)),
-            batch=given.batch,
-            fixed=given.fixed,
-            workspace=parse_bytes(given.workspace),
-            optimization_level=given.optimization_level,
-            timing_cache=given.timing_cache,
-            plugin=given.plugin,
-            verbose=given.verbose,
-        )
-        with shown() as (say, report):
-            build_engine(given.bundle, options, given.device, say, report)
-    except QvditError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_status(lambda: _build(given))
+
+
+def _build(given: argparse.Namespace) -> None:
+    options = BuildOptions(
+        video_sizes=tuple(map(parse_size, given.video_size)),
+        batch=given.batch,
+        fixed=given.fixed,
+        workspace=parse_bytes(given.workspace),
+        **build_options(given),
+    )
+    with shown() as (say, report):
+        build_engine(given.bundle, options, given.device, say, report)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from qvdit.contract import QvditError
 from qvdit.contract.files import write_atomic
 from qvdit.contract.plan import read_plan
 from qvdit.runtimes.sampling import sample
+from qvdit.runtimes.tensorrt.arguments import add_device_argument, exit_status
 from qvdit.runtimes.tensorrt.session import TensorRtSession
 
 
@@ -36,17 +36,16 @@ def main(arguments: list[str] | None = None) -> int:
     made.add_argument("bundle", type=Path, help="a bundle with an engine")
     made.add_argument("plans", type=Path, nargs="+", help="one a video")
     made.add_argument("--out", type=Path, required=True, help="the videos' safetensors file")
-    made.add_argument("--device", default="cuda", help="cuda or cuda:N")
+    add_device_argument(made)
     made.add_argument("--cuda-graph", action="store_true", help="replay the engine's launches as one")
     given = made.parse_args(arguments)
+    return exit_status(lambda: _sample(given))
+
+
+def _sample(given: argparse.Namespace) -> None:
     start = time.monotonic()
-    try:
-        sample_videos(given.bundle, given.plans, given.out, given.device, given.cuda_graph)
-    except QvditError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    sample_videos(given.bundle, given.plans, given.out, given.device, given.cuda_graph)
     print(f"{len(given.plans)} videos in {time.monotonic() - start:.1f} s: {given.out}")
-    return 0
 
 
 if __name__ == "__main__":

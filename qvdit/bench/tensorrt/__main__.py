@@ -13,7 +13,7 @@ from pathlib import Path
 
 from qvdit.bench.tensorrt import cases, measure
 from qvdit.bench.tensorrt.results import Results, Row
-from qvdit.contract import QvditError
+from qvdit.runtimes.tensorrt.arguments import add_build_arguments, build_options, exit_status
 from qvdit.runtimes.tensorrt.build import BuildOptions
 
 
@@ -42,43 +42,32 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--models", default=",".join(cases.USUAL_MODELS))
     made.add_argument("--engines", default=",".join(cases.ENGINES))
     made.add_argument("--repeats", type=int, default=measure.REPEATS, help="timings of each, taken in turns")
-    made.add_argument("--optimization-level", type=int, choices=range(6), help="0, fast to build, to 5 (default: 3)")
-    made.add_argument("--timing-cache", type=Path, help="measurements to reuse (default: CASES/timing.cache)")
-    made.add_argument("--plugin", type=Path, help="libqvdit_tensorrt.so")
-    made.add_argument("--device", default="cuda", help="cuda or cuda:N")
+    add_build_arguments(made, cache="CASES/timing.cache")
     made.add_argument("--no-cuda-graph", action="store_true", help="enqueue every run instead of replaying a graph")
     made.add_argument("--build-only", action="store_true", help="build and compare, time nothing")
     made.add_argument("--profile", action="store_true", help="leave each engine's time by layer as ENGINE/profile.json")
-    made.add_argument("--verbose", action="store_true", help="all that TensorRT says, on stderr")
     return made
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure; returns the exit status."""
     given = parser().parse_args(arguments)
-    try:
-        settings = measure.Settings(
-            root=given.cases,
-            models=cases.parse(given.models, cases.MODELS, "--models"),
-            engines=cases.parse(given.engines, cases.ENGINES, "--engines"),
-            repeats=given.repeats,
-            options=BuildOptions(
-                optimization_level=given.optimization_level,
-                timing_cache=given.timing_cache,
-                plugin=given.plugin,
-                verbose=given.verbose,
-            ),
-            cuda_graph=not given.no_cuda_graph,
-            device=given.device,
-            build_only=given.build_only,
-            profile=given.profile,
-        )
-        command = shlex.join(["python", "-m", "qvdit.bench.tensorrt", *(arguments or sys.argv[1:])])
-        measure.run(settings, given.out, command, Lines())
-    except QvditError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    command = shlex.join(["python", "-m", "qvdit.bench.tensorrt", *(arguments or sys.argv[1:])])
+    return exit_status(lambda: measure.run(_settings(given), given.out, command, Lines()))
+
+
+def _settings(given: argparse.Namespace) -> measure.Settings:
+    return measure.Settings(
+        root=given.cases,
+        models=cases.parse(given.models, cases.MODELS, "--models"),
+        engines=cases.parse(given.engines, cases.ENGINES, "--engines"),
+        repeats=given.repeats,
+        options=BuildOptions(**build_options(given)),
+        cuda_graph=not given.no_cuda_graph,
+        device=given.device,
+        build_only=given.build_only,
+        profile=given.profile,
+    )
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from qvdit.bench.display import say
+from qvdit.bench.saved import ratio
 from qvdit.bench.tensorrt.floors import verdicts
-from qvdit.bench.tensorrt.results import Results, Row, ratio
+from qvdit.bench.tensorrt.results import Results, Row
 
 _HEADINGS = (
     "engine",

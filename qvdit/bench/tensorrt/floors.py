@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from qvdit.bench.floors import Figure, Verdict
-from qvdit.bench.tensorrt.results import Results, Row, ratio
+from qvdit.bench.saved import ratio
+from qvdit.bench.tensorrt.results import Results, Row
 
 XL = ("latte-xl-block", "latte-xl-slice", "latte-xl")
 _QUANTIZED = ("int8_qdq", "w8a8", "w4a8", "w4a8_no_tqe", "w3a6")

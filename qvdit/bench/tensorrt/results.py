@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from qvdit.contract import QvditError
-from qvdit.contract.files import read_json, write_json
+from qvdit.bench import saved
+from qvdit.contract.files import write_json
 
 
 @dataclass(frozen=True)
@@ -59,13 +59,7 @@ def save(results: Results, path: Path) -> None:
 
 def load(path: Path) -> Results:
     """Read a file that :func:`save` wrote; anything else raises QvditError."""
-    what = "a JSON of `qvdit bench tensorrt`"
-    value: Any = read_json(path, what)
-    try:
-        header = {field.name: value[field.name] for field in fields(Results)}
-        return Results(**{**header, "rows": tuple(_row(row) for row in header["rows"])})
-    except (KeyError, TypeError, ValueError) as error:
-        raise QvditError(f"{path}, which lacks or adds something ({error})", what, "make it again") from None
+    return saved.load(Results, _row, path, "a JSON of `qvdit bench tensorrt`")
 
 
 _OPEN = {"rel_err", "error_ratio", "error_ratio_float32", "worst_layer"}
@@ -79,8 +73,3 @@ def _row(value: dict[str, Any]) -> Row:
         if not (isinstance(found, wanted) or (found is None and field.name in _OPEN)):
             raise ValueError(f"a row with {field.name} {found!r}")
     return row
-
-
-def ratio(slow: Row | None, fast: Row | None) -> float | None:
-    """How many times as fast the second is."""
-    return None if slow is None or fast is None else slow.ms / fast.ms

@@ -368,7 +368,11 @@ def compare(
         str, typer.Option(help="Rates that each training recipe tries at w3a6; the best on held-out prompts is used.")
     ] = "2e-4,5e-4,1e-3",
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Videos sampled at once (default: 256 on a GPU, 32 on a CPU).")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Videos sampled at once, and most calibration prompts in a pass (default: 256 on a GPU, 32 on a CPU).",
+        ),
     ] = None,
     minutes: Annotated[
         float | None,

@@ -123,8 +123,9 @@ def _run(command: list[str]) -> None:
 
 def _nvcc() -> Path:
     named = os.environ.get("CUDACXX")
-    found = shutil.which(named or "nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-    if found is None or (named and not shutil.which(named)):
+    places = [named] if named else ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    found = next(filter(None, map(shutil.which, places)), None)
+    if found is None:
         raise MissingToolError(f"no {named or 'nvcc'}")
     # What lies in PATH may be a script that calls it.
     told = subprocess.run(

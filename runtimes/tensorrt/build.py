@@ -32,7 +32,7 @@ class BuildOptions:
 
     video_sizes: tuple[tuple[int, int], ...] = ()  # height and width of hidden_states; the first is tuned for
     batch: int | None = None  # the largest; None: the example's
-    fixed: bool = False  # one shape alone, the example's or the one asked for: quicker to build, and to run
+    fixed: bool = False  # the example's shapes and no other: quicker to build, and to run
     workspace: int | None = None  # bytes of scratch memory; None: all there is
     optimization_level: int | None = None  # 0 to 5
     timing_cache: Path | None = None  # None: beside the engine
@@ -166,10 +166,9 @@ class Builder:
     def _parse_error(self, model: Path, parser: Any) -> QvditError:
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         where = versions.error_node(errors[0]) if errors else "the model"
-        reasons = "; ".join(dict.fromkeys(" ".join(error.desc().split()) for error in errors[:3]))
-        ours = self.log.why()
+        reasons = "; ".join(dict.fromkeys([*(" ".join(error.desc().split()) for error in errors[:3]), self.log.why()]))
         return QvditError(
-            f"{model}, which TensorRT does not parse at {where} ({reasons or ours}: {ours})",
+            f"{model}, which TensorRT does not parse at {where} ({reasons})",
             "nodes that this TensorRT and the plugin know",
             "export the model again; --verbose shows more",
         )

@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 from qvdit.contract import QvditError
+from qvdit.contract.errors import in_one_line
 from qvdit.runtimes.tensorrt.build import BuildOptions, build_engine, parse_bytes, parse_size
+from qvdit.runtimes.tensorrt.plugin import LIBRARY, VARIABLE
 from qvdit.runtimes.tensorrt.progress import shown
 
 
@@ -23,7 +25,8 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="HxW",
-        help="height and width of the model's input; the first is tuned for (default: the example's)",
+        help="height and width of the model's input, once for each size; the engine spans them, and is fastest at the "
+        "first (default: the example's)",
     )
     made.add_argument("--batch", type=int, help="largest batch (default: the example's)")
     made.add_argument(
@@ -34,7 +37,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--timing-cache", type=Path, help="measurements to reuse (default: timing.cache beside the engine)"
     )
-    made.add_argument("--plugin", type=Path, help="libqvdit_tensorrt.so")
+    made.add_argument(
+        "--plugin",
+        type=Path,
+        help=f"{LIBRARY} (default: what {VARIABLE} names, or the one beside the engine)",
+    )
     made.add_argument("--device", default="cuda", help="cuda or cuda:N")
     made.add_argument("--verbose", action="store_true", help="all that TensorRT says, on stderr")
     return made
@@ -56,8 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
         )
         with shown() as (say, report):
             build_engine(given.bundle, options, given.device, say, report)
-    except QvditError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (QvditError, OSError) as error:
+        print(in_one_line(error), file=sys.stderr)
         return 2
     return 0
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from qvdit.bench.tensorrt import cases, measure
 from qvdit.bench.tensorrt.results import Results, Row
 from qvdit.contract import QvditError
+from qvdit.contract.errors import in_one_line
 from qvdit.runtimes.tensorrt.build import BuildOptions
 
 
@@ -75,8 +76,8 @@ def main(arguments: list[str] | None = None) -> int:
         )
         command = shlex.join(["python", "-m", "qvdit.bench.tensorrt", *(arguments or sys.argv[1:])])
         measure.run(settings, given.out, command, Lines())
-    except QvditError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (QvditError, OSError) as error:
+        print(in_one_line(error), file=sys.stderr)
         return 2
     return 0
 

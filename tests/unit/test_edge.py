@@ -16,7 +16,7 @@ from test_runner import COMPUTE, CORE, RUNNER, RefusedError, runner
 from test_tensorrt_plugin import PLUGIN, VERSIONS, cuda_include, includes
 
 from qvdit.contract import QvditError
-from qvdit.contract.bundle import DEVICE, SAMPLING_PLAN, Manifest, verify, write_manifest
+from qvdit.contract.bundle import DEVICE, PARITY_HALF, SAMPLING_PLAN, Manifest, verify, write_manifest
 from qvdit.contract.bundle import PLUGIN as LIBRARY
 from qvdit.contract.files import read_json, sha256
 from qvdit.contract.plan import FORMAT, SamplingPlan, save_plan
@@ -171,8 +171,9 @@ def tools(tmp_path, monkeypatch):
         (folder / "NvInferVersion.h").write_text(text)
         headers.append(str(folder))
     monkeypatch.setenv("QVDIT_TENSORRT_INCLUDES", ":".join(headers))
-    (bin_folder / cross.COMPILER).write_text("#!/bin/sh\n")
-    (bin_folder / cross.COMPILER).chmod(0o755)
+    for name in (cross.COMPILER, "cmake"):
+        (bin_folder / name).write_text("#!/bin/sh\n")
+        (bin_folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{bin_folder}:/usr/bin:/bin")
     library = tmp_path / "libcudart_static.a"
     library.touch()
@@ -212,6 +213,12 @@ def test_missing_tools_are_named(tools, monkeypatch, tmp_path):
     (tmp_path / "cuda" / "bin" / cross.COMPILER).unlink()
     monkeypatch.setattr(cross, "COMPILER", "no-such-compiler")
     assert "no no-such-compiler" in missing("orin")
+    monkeypatch.setenv("PATH", str(tmp_path / "cuda" / "bin"))
+    (tmp_path / "cuda" / "bin" / "cmake").unlink()
+    assert missing("orin") == "no cmake"
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.setenv("QVDIT_TENSORRT_INCLUDES", str(tmp_path))
+    assert missing("local", None, "87").endswith("with headers of TensorRT none")
     monkeypatch.delenv("QVDIT_TENSORRT_INCLUDES")
     assert "no headers of TensorRT 10.3: name their folder by QVDIT_TENSORRT_INCLUDES" in missing("orin")
     monkeypatch.setenv("CUDACXX", "/no/nvcc")
@@ -381,3 +388,24 @@ def test_the_script_says_what_is_missing(small_bundle, tmp_path):
     code, _, stderr = script(made)
     assert (code, stderr.count("\n")) == (2, 1)
     assert "got no NvInfer.h; expected TensorRT's headers; apt install libnvinfer-dev" in stderr
+
+
+def test_a_later_fp16_run_goes_along(make_job, tmp_path, monkeypatch):
+    job = make_job(tmp_path / "out", target="tensorrt", device="orin")
+    made = []
+
+    def note(bundle: Path, contents: Any, folder: Path) -> None:
+        made.append(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "file").touch()
+
+    monkeypatch.setattr(edge, "export_edge", note)
+    monkeypatch.setattr(type(job), "_sampling_plan", lambda self: None)
+    monkeypatch.setattr(job.stages, "result", lambda name: name)
+    for count in (1, 1):
+        job.edge(None)
+        assert len(made) == count
+    (job.out / PARITY_HALF).parent.mkdir()
+    (job.out / PARITY_HALF).touch()
+    job.edge(None)
+    assert len(made) == 2

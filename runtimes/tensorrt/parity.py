@@ -13,6 +13,7 @@ import numpy as np
 from qvdit.contract import QvditError
 from qvdit.contract.bundle import TENSORRT_LAYERS
 from qvdit.contract.parity import (
+    ERROR_RATIOS,
     LayerOutputs,
     LayerParity,
     LayerReference,
@@ -29,7 +30,6 @@ from qvdit.runtimes.tensorrt.session import TensorRtSession
 if TYPE_CHECKING:
     from qvdit.runtimes.tensorrt.build import Builder, Say
 
-RATIO = (0.9, 1.1)  # of the engine's error against full precision to the reference's
 STATIC_TOLERANCE = 1e-2  # relative error of a layer that TensorRT's own INT8 kernels compute
 _LAYER_LEVEL = 0  # the layers' engine runs once: quick to build. Its kernels are the plugin's, whatever the level
 
@@ -192,7 +192,7 @@ def failures(result: Mapping[str, Any]) -> list[str]:
     if static:
         found.append(f"{len(static)} static layers off by more than {STATIC_TOLERANCE}, the first {static[0]['name']}")
     name, ratio = standard(result)
-    if not _within(ratio, *RATIO):
+    if not _within(ratio, *ERROR_RATIOS):
         found.append(f"an error against full precision of {_text(ratio)} of that of {name}")
     return found
 
@@ -211,6 +211,6 @@ def refuse_failed(result: Mapping[str, Any], where: Path) -> None:
     if found:
         raise QvditError(
             f"an engine that fails parity: {'; '.join(found)}",
-            f"equal integers, and an error of {RATIO[0]} to {RATIO[1]} of the reference's",
+            f"equal integers, and an error of {ERROR_RATIOS[0]} to {ERROR_RATIOS[1]} of the reference's",
             f"look at {where}; the engine that was there before is untouched",
         )

@@ -1,5 +1,5 @@
 // qvdit-run: builds, proves, times and samples with TensorRT what qvdit-export --device wrote. Exit status: 0; 1 where
-// parity fails; 2 and one line for whatever cannot be done.
+// `parity` fails; 2 and one line for whatever cannot be done, an engine of `build` that fails parity among it.
 #include <algorithm>
 #include <cstdio>
 #include <exception>

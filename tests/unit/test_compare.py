@@ -585,7 +585,7 @@ def test_a_new_field_of_recipes_changes_no_cell():
 def test_the_committed_cells_stay_valid(monkeypatch: pytest.MonkeyPatch):
     """Cells that do not train keep their keys, whatever is added to recipes and whatever the training budget is."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    settled = CompareSettings(device="cuda", distillation_steps=400)
+    settled = CompareSettings(compute="cuda", distillation_steps=400)
     keys = {task.key(settled.terms) for task in settled.tasks() if not task.trains}
     folder = Path(__file__).parents[1] / "benchmarks" / "results" / "cells"
     committed = [json.loads(path.read_text()) for path in folder.glob("cell-*.json")]

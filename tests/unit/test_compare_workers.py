@@ -41,7 +41,7 @@ def test_a_process_that_dies_is_told(tmp_path: Path):
     told: list[str] = []
     watch: Any = SimpleNamespace(items=lambda *_: None, say=told.append)
     order = workers.Order(
-        CompareSettings(models=str(tmp_path), device="cpu"), Places(tmp_path), "qvdit compare", None, 1
+        CompareSettings(models=str(tmp_path), compute="cpu"), Places(tmp_path), "qvdit compare", None, 1
     )
     with workers._started(order, 1, [None]) as (processes, news):
         outcomes, errors = workers._listen(processes, news, watch, lambda: (0, 1))

@@ -93,6 +93,15 @@ def test_single_step_schedulers_are_planned_and_others_refused():
             plan.step_factors(scheduler, 6)
 
 
+def test_pipelines_that_call_their_transformer_otherwise_are_refused(tiny_pipeline):
+    transformer = tiny_pipeline.transformer
+    noise = torch.zeros(1, 3, 2, 8, 8)
+    for run in (lambda pipe: None, lambda pipe: pipe.transformer(noise, timestep=torch.zeros(1))):
+        with pytest.raises(QvditError, match="a transformer that is not called with tensors encoder_hidden_states"):
+            plan.plan_sampling(tiny_pipeline, run, 1.0, clamp=True)
+        assert tiny_pipeline.transformer is transformer
+
+
 def test_damaged_plans(runner, tiny_pipeline, tmp_path):
     made = planned(tiny_pipeline, 3, 2.5)
     exchange = tmp_path / "exchange"
@@ -106,6 +115,10 @@ def test_damaged_plans(runner, tiny_pipeline, tmp_path):
 
     save_plan(made, tmp_path / "plan")
     refused("a model with other inputs")
+    others = {"timestep": np.zeros(2, np.float32), "encoder_hidden_states": made.condition}
+    save_file({"hidden_states": np.array(0, np.float32), **others}, exchange / "inputs.safetensors")
+    refused("as many extents as the model's hidden_states, 0")
+    save_file({"hidden_states": made.latents}, exchange / "inputs.safetensors")
     for change, why in (
         ({"gain": made.gain[:2]}, "steps do not have one length"),
         ({"latents": np.repeat(made.latents, 2, 0)}, "latents are no single video"),

@@ -61,6 +61,8 @@ def find_toolchain(device: EdgeDevice, own_architecture: str | None, own_machine
     if f"sm_{architecture.rstrip('a')}" not in known.split():  # it lists sm_90 for 90a
         raise MissingToolError(f"nvcc {version}, which does not know sm_{architecture}")
     include, found = _headers(device)
+    if not shutil.which("cmake"):
+        raise MissingToolError("no cmake")
     cross = device.machine != own_machine
     if cross and not shutil.which(COMPILER):
         raise MissingToolError(f"no {COMPILER}: on Debian and Ubuntu, apt install g++-aarch64-linux-gnu")
@@ -106,12 +108,7 @@ def _options(toolchain: Toolchain, build: Path) -> list[str]:
 
 
 def _run(command: list[str]) -> None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        raise QvditError(
-            f"no {command[0]}", "CMake, to compile the plugin", "install it, or leave out --device"
-        ) from None
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = [line for line in (done.stdout + done.stderr).splitlines() if "rror" in line] or ["it does not say why"]
         raise QvditError(
@@ -123,8 +120,9 @@ def _run(command: list[str]) -> None:
 
 def _nvcc() -> Path:
     named = os.environ.get("CUDACXX")
-    found = shutil.which(named or "nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-    if found is None or (named and not shutil.which(named)):
+    places = [named] if named else ["nvcc", "/usr/local/cuda/bin/nvcc"]
+    found = next(filter(None, map(shutil.which, places)), None)
+    if found is None:
         raise MissingToolError(f"no {named or 'nvcc'}")
     # What lies in PATH may be a script that calls it.
     told = subprocess.run(
@@ -164,7 +162,8 @@ def _headers(device: EdgeDevice) -> tuple[Path, str]:
         found = device.tensorrt if device.tensorrt in versions else None
     if found is None:
         there = ", ".join(sorted(filter(None, versions))) or "none"
-        raise MissingToolError(f"QVDIT_TENSORRT_INCLUDES with headers of TensorRT {there}, not of {device.tensorrt}")
+        wanted = f", not of {device.tensorrt}" if device.tensorrt else ""
+        raise MissingToolError(f"QVDIT_TENSORRT_INCLUDES with headers of TensorRT {there}{wanted}")
     return versions[found], found
 
 

@@ -17,6 +17,8 @@ import torch
 from qvdit.contract import QvditError
 from qvdit.contract.plan import SamplingPlan
 
+_TAKEN = {"hidden_states", "timestep", "encoder_hidden_states"}  # what the model is given in every pass
+
 
 def plan_sampling(
     pipeline: Any, sample: Callable[[Any], Any], guidance: float, clamp: bool, reference: np.ndarray | None = None
@@ -33,6 +35,8 @@ def plan_sampling(
         sample(pipeline)
     finally:
         pipeline.transformer = kept
+    if not recorder.calls or any(not call.keys() >= _TAKEN for call in recorder.calls):
+        raise _unplanned(f"a transformer that is not called with tensors {', '.join(sorted(_TAKEN))}")
     first, times = recorder.calls[0], [float(call["timestep"].flatten()[0]) for call in recorder.calls]
     batch = first["encoder_hidden_states"].shape[0]
     if first["hidden_states"].shape[0] != batch or batch != (2 if guidance > 1 else 1):

@@ -33,7 +33,7 @@ from qvdit.export.layers import layers_model, static_layers_model
 from qvdit.export.opset import TENSORRT_OPSET, lowered
 from qvdit.export.plugin import plugin_model
 from qvdit.export.precision import LowType, strongly_typed
-from qvdit.export.weight_only import WEIGHT_ONLY_OPSET, refuse_unfit, unfit, weight_only_model
+from qvdit.export.weight_only import WEIGHT_ONLY_OPSET, weight_only_model
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,6 @@ def export_weight_only(model: TracedModel, bundle: Path, low: LowType = "float16
 
     Layers that do not fit raise QvditError, and nothing is written.
     """
-    refuse_unfit({layer.name: unfit(layer) for layer in model.layers})
     typed, kept = _typed(model, low, WEIGHT_ONLY_OPSET)
     files = save_model(weight_only_model(typed, model.layers, kept), bundle / TENSORRT_INT4_MODEL)
     check(str(bundle / TENSORRT_INT4_MODEL))

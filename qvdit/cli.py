@@ -21,6 +21,7 @@ from rich.table import Table
 from qvdit import __version__
 from qvdit.bench.command import app as bench
 from qvdit.contract import ACT_BITS, WEIGHT_BITS, QvditError
+from qvdit.contract.errors import in_one_line
 
 if TYPE_CHECKING:
     from qvdit.job import Job
@@ -159,8 +160,13 @@ _export.__doc__ = """Quantize a trained video DiT and export it as a proven bund
 
     Example:  qvdit-export --target onnxruntime --bits w4a8 --out out/w4a8
 
+    TensorRT, the engine built here:  qvdit-export --target tensorrt --bits w4a8 --out out/w4a8
+
+    TensorRT, a folder to copy to a Jetson:  qvdit-export --target tensorrt --device orin --bits w4a8 --out out/orin
+
     A killed job goes on where it stopped when it is started again. The result: OUT/onnx (models), OUT/quantized
-    (checkpoint), OUT/report.html (look at this), OUT/report.json, OUT/manifest.json.
+    (checkpoint), OUT/report.html (look at this), OUT/report.json, OUT/manifest.json; OUT/tensorrt (model and engine) or
+    OUT/edge (the folder to copy).
     """
 for _name, _last, _help in (
     ("calibrate", "statistics", "Sample the full-precision model, record its inputs and collect statistics."),
@@ -216,6 +222,7 @@ def parity(
 ) -> None:
     """Check a bundle against the reference run it carries: every layer's integers, then the whole model. No PyTorch."""
     from qvdit.contract.bundle import verify
+    from qvdit.contract.parity import ERROR_RATIOS
     from qvdit.runtimes import check_device
     from qvdit.runtimes.parity import check_bundle
 
@@ -235,7 +242,11 @@ def parity(
         f"error against full precision {model.error_ratio:.3f} of the reference's",
         soft_wrap=True,
     )
-    raise typer.Exit(1 if wrong or not 0.9 <= model.error_ratio <= 1.1 else 0)
+    low, high = ERROR_RATIOS
+    near = low <= model.error_ratio <= high
+    if not near:
+        console.print(f"not proven: that is not within {low} and {high}")
+    raise typer.Exit(1 if wrong or not near else 0)
 
 
 @app.command()
@@ -244,7 +255,8 @@ def engine(
     video_size: Annotated[
         list[str] | None,
         typer.Option(
-            help="Height and width of the model's input, HxW; the first is tuned for (default: the example's)."
+            help="Height and width of the model's input, HxW, once for each size; the engine spans them, and is "
+            "fastest at the first (default: the example's)."
         ),
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Largest batch (default: the example's).")] = None,
@@ -260,11 +272,25 @@ def engine(
     timing_cache: Annotated[
         Path | None, typer.Option(help="Measurements to reuse (default: timing.cache beside the engine).")
     ] = None,
-    plugin: Annotated[Path | None, typer.Option(help="The plugin's library, libqvdit_tensorrt.so.")] = None,
-    device: Annotated[str, typer.Option(help="cuda or cuda:N.")] = "cuda",
+    plugin: Annotated[
+        Path | None,
+        typer.Option(
+            help="The plugin's library, libqvdit_tensorrt.so (default: what QVDIT_TENSORRT_PLUGIN names, or the one "
+            "beside the engine)."
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="The GPU to build and prove on: cuda or cuda:N.")] = "cuda",
     verbose: Annotated[bool, typer.Option("--verbose", help="All that TensorRT says, on stderr.")] = False,
 ) -> None:
-    """Build and prove the TensorRT engine of an exported bundle, on the machine that is to run it. No PyTorch."""
+    """Build and prove the TensorRT engine of an exported bundle, on the machine that is to run it. No PyTorch.
+
+    The engine is BUNDLE/tensorrt/model.plan. It gets there once every layer's integers and the whole model have passed
+    parity (BUNDLE/tensorrt/parity.json); until then the last one stays.
+
+    One size, quick to build:  qvdit engine out/w4a8 --fixed
+
+    Several:  qvdit engine out/w4a8 --video-size 32x32 --video-size 48x48 --batch 4
+    """
     from qvdit.runtimes.tensorrt.build import BuildOptions, build_engine, parse_bytes, parse_size
     from qvdit.runtimes.tensorrt.progress import shown
 
@@ -582,17 +608,10 @@ def _guarded(command: Callable[[], Any]) -> None:
     _quiet()
     try:
         command()
-    except QvditError as error:
-        errors.print(f"error: {error}", style="red", soft_wrap=True, highlight=False, markup=False)
-        sys.exit(2)
-    except OSError as error:
-        if os.environ.get("QVDIT_DEBUG"):
+    except (QvditError, OSError) as error:
+        if isinstance(error, OSError) and os.environ.get("QVDIT_DEBUG"):
             raise
-        where = f" {error.filename}" if error.filename else ""
-        text = (
-            f"error: got {error.strerror or error}{where}; expected files that can be read and written; check the paths"
-        )
-        errors.print(text, style="red", soft_wrap=True, highlight=False, markup=False)
+        errors.print(in_one_line(error), style="red", soft_wrap=True, highlight=False, markup=False)
         sys.exit(2)
 
 

@@ -8,6 +8,7 @@ its error against full precision belongs beside this one's rather than beside th
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -16,14 +17,15 @@ import torch
 
 import qvdit.runtimes
 from qvdit.contract import QvditError
+from qvdit.contract.errors import in_one_line
 from qvdit.contract.parity import ModelParity, compare_models, load_reference, save_half
 
 
 @torch.no_grad()
 def run_half(bundle: Path, device: str = "cuda") -> ModelParity:
     """Run the quantized model in FP16 on a bundle's saved inputs, keep its output there and compare it."""
-    saved = load_reference(bundle)
     model = qvdit.runtimes.load(bundle, device=device, dtype="float16")
+    saved = load_reference(bundle)
     output = infer(model, saved.inputs)
     save_half(bundle, output)
     return compare_models(output, saved.quantized, saved.full)
@@ -41,16 +43,18 @@ def infer(model: torch.nn.Module, inputs: dict[str, np.ndarray], dtype: torch.dt
 
 def main() -> int:
     """Run every bundle named; the exit status."""
+    made = argparse.ArgumentParser(prog="python -m qvdit.half", description=__doc__.splitlines()[0])
+    made.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE", help="a folder that qvdit-export made")
     try:
-        for name in sys.argv[1:]:
-            found = run_half(Path(name))
+        for bundle in made.parse_args().bundles:
+            found = run_half(bundle)
             print(
-                f"{name}: FP16 run, relative error {found.rel_err:.2e} to the quantized model's float32 run, error "
+                f"{bundle}: FP16 run, relative error {found.rel_err:.2e} to the quantized model's float32 run, error "
                 f"against full precision {found.error_ratio:.4f} of its",
                 flush=True,
             )
-    except QvditError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (QvditError, OSError) as error:
+        print(in_one_line(error), file=sys.stderr)
         return 2
     return 0
 

@@ -295,6 +295,8 @@ class Job:
         stages = [self.stages.result(name) for name in ("export", "parity", "quality")]
         made_of = [str(tools) if isinstance(tools, MissingToolError) else repr(tools), repr(self.edge_device)]
         held = [sha256(sources / name) for name in source_files(sources)]
+        half = self.out / PARITY_HALF  # of no stage: a GPU leaves it, maybe long after
+        held += [sha256(half)] if half.is_file() else []
         self.stages.run(
             "edge", [stages, made_of, held], lambda: [path for path in folder.rglob("*") if path.is_file()], work
         )

@@ -90,7 +90,7 @@ class RuntimeTransformer:
         batch = (hidden_states.shape[0],)
         inputs["timestep"] = inputs["timestep"].expand(batch) if stays else np.broadcast_to(inputs["timestep"], batch)
         output = self.session.infer(inputs)
-        sample = output.to(hidden_states.dtype) if stays else _like(output, hidden_states)
+        sample = output.to(hidden_states.device, hidden_states.dtype) if stays else _like(output, hidden_states)
         return SimpleNamespace(sample=sample) if return_dict else (sample,)
 
 

@@ -12,3 +12,11 @@ class QvditError(Exception):
     def __init__(self, got: str, expected: str, fix: str):
         self.got, self.expected, self.fix = got, expected, fix
         super().__init__(f"got {got}; expected {expected}; {fix}")
+
+
+def in_one_line(error: QvditError | OSError) -> str:
+    """An error for the user to read; one of the system's, a full disk or a path of another's, in the same form."""
+    if isinstance(error, QvditError):
+        return f"error: {error}"
+    where = f" {error.filename}" if error.filename else ""
+    return f"error: got {error.strerror or error}{where}; expected files that can be read and written; check the paths"

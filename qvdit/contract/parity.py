@@ -50,6 +50,10 @@ class LayerParity:
     rel_err: float  # ‖y - y_reference‖ / ‖y_reference‖
 
 
+ERROR_RATIOS = (0.9, 1.1)
+"""Of a runtime's error against full precision to the reference's: within them a model is proven."""
+
+
 @dataclass(frozen=True)
 class ModelParity:
     """How whole models compare: runtime r, quantized reference q, full precision f."""

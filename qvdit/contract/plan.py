@@ -60,8 +60,10 @@ def read_plan(path: Path) -> SamplingPlan:
         raise QvditError(f"{path} ({error})", expected, fix) from None
     if metadata.get("format") != FORMAT or not set(tensors) >= _NEEDED:
         raise QvditError(f"{path} of another kind", expected, fix)
-    steps = {len(tensors[name]) for name in ("timesteps", "keep", "gain")}
-    if len(steps) != 1 or len(tensors["latents"]) != 1 or len(tensors["encoder_hidden_states"]) not in (1, 2):
+    sizes = {name: tensors[name].shape[:1] for name in _NEEDED}
+    alone = {sizes[name] for name in ("latents", "guidance", "clamp")} == {(1,)}
+    together = sizes["timesteps"] == sizes["keep"] == sizes["gain"] != ()
+    if not alone or not together or sizes["encoder_hidden_states"] not in ((1,), (2,)):
         raise QvditError(f"{path} with tensors that do not belong together", expected, fix)
     return SamplingPlan(
         latents=tensors["latents"],

@@ -1,9 +1,10 @@
-// Step 4 for a fragment of accumulators of the mma.sync GEMM: which rows and columns it covers is the caller's business.
-// Hopper's GEMMs share first_u.
+// Step 4 for a fragment of accumulators of the mma.sync GEMM: which rows and columns it covers is the caller's
+// business. Hopper's GEMMs share first_u.
 //
 //   acc = Σ_k x_q weight - zero weight_sum - weight_zero row_sum        int32; wraps only where the true sum would
-//   y   = scale · (acc · weight_scale) + Σ_r u beta + bias              float32, in this order; u of the column's
-//   segment
+//   y   = scale · (acc · weight_scale) + Σ_r u beta + bias              float32, in this order
+//
+// with u of the column's segment.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -22,6 +22,31 @@ namespace qvdit {
 template <int kBlockN>
 using WgmmaTile = cute::Shape<cute::_128, cute::Int<kBlockN>, cute::_128>;
 
+// What CUTLASS asks of a visitor on the host: its parameters are its arguments, and it needs no workspace.
+template <class Arguments_>
+struct VisitorHost {
+  using Arguments = Arguments_;
+  using Params = Arguments_;
+
+  template <class ProblemShape>
+  static constexpr Params to_underlying_arguments(ProblemShape const&, Arguments const& args, void*) {
+    return args;
+  }
+  template <class ProblemShape>
+  static bool can_implement(ProblemShape const&, Arguments const&) {
+    return true;
+  }
+  template <class ProblemShape>
+  static size_t get_workspace_size(ProblemShape const&, Arguments const&) {
+    return 0;
+  }
+  template <class ProblemShape>
+  static cutlass::Status initialize_workspace(ProblemShape const&, Arguments const&, void*, cudaStream_t,
+                                              cutlass::CudaHostAdapter* = nullptr) {
+    return cutlass::Status::kSuccess;
+  }
+};
+
 // Visitor: a tree of CUTLASS's that makes y as Out.
 template <typename Out, int kBlockN, class Visitor>
 struct WgmmaGemm {

@@ -52,28 +52,8 @@ struct EpilogueFactors {
 // The whole epilogue as a leaf of CUTLASS's visitor tree. Returns y as Out; where that is int32, the corrected
 // accumulators.
 template <typename Out, int kBlockM, int kBlockN, int kThreads>
-struct LowBitVisitor {
+struct LowBitVisitor : VisitorHost<qvdit_gemm_args> {
   using SharedStorage = EpilogueFactors<kBlockM, kBlockN>;
-  using Arguments = qvdit_gemm_args;
-  using Params = qvdit_gemm_args;
-
-  template <class ProblemShape>
-  static constexpr Params to_underlying_arguments(ProblemShape const&, Arguments const& args, void*) {
-    return args;
-  }
-  template <class ProblemShape>
-  static bool can_implement(ProblemShape const&, Arguments const&) {
-    return true;
-  }
-  template <class ProblemShape>
-  static size_t get_workspace_size(ProblemShape const&, Arguments const&) {
-    return 0;
-  }
-  template <class ProblemShape>
-  static cutlass::Status initialize_workspace(ProblemShape const&, Arguments const&, void*, cudaStream_t,
-                                              cutlass::CudaHostAdapter* = nullptr) {
-    return cutlass::Status::kSuccess;
-  }
 
   CUTLASS_HOST_DEVICE LowBitVisitor() {}
   CUTLASS_HOST_DEVICE LowBitVisitor(Params const& params, SharedStorage const& shared)

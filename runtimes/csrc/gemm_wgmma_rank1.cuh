@@ -1,7 +1,6 @@
 // Hopper's GEMM of rank 0 or 1, its epilogue from CUTLASS's visitors:
 //
-//   y = u · beta + (bias + scale · (weight_scale · acc))    float32; u of the column's segment; what is null counts as
-//   0
+//   y = u · beta + (bias + scale · (weight_scale · acc))    float32; u of the column's segment; null counts as 0
 //
 // and with kZero, acc = Σ_k x_q weight - zero weight_sum before it, in int32: as one more rank in float32 its rounding
 // would be that of the uncorrected sum.
@@ -36,33 +35,18 @@ struct MinusProduct<cutlass::Array<T, kSize>> {
   }
 };
 
+struct SegmentArguments {
+  const float* u = nullptr;
+  int segment = 1;
+};
+
 // u: OfRow, M values for each segment of columns. A tile lies in one segment.
 template <int kBlockN>
-struct OfRowAndSegment : OfRow<kBlockN, float> {
+struct OfRowAndSegment : OfRow<kBlockN, float>, VisitorHost<SegmentArguments> {
   using Base = OfRow<kBlockN, float>;
-  struct Arguments {
-    const float* u = nullptr;
-    int segment = 1;
-  };
-  using Params = Arguments;
-
-  template <class ProblemShape>
-  static constexpr Params to_underlying_arguments(ProblemShape const&, Arguments const& args, void*) {
-    return args;
-  }
-  template <class ProblemShape>
-  static bool can_implement(ProblemShape const&, Arguments const&) {
-    return true;
-  }
-  template <class ProblemShape>
-  static size_t get_workspace_size(ProblemShape const&, Arguments const&) {
-    return 0;
-  }
-  template <class ProblemShape>
-  static cutlass::Status initialize_workspace(ProblemShape const&, Arguments const&, void*, cudaStream_t,
-                                              cutlass::CudaHostAdapter* = nullptr) {
-    return cutlass::Status::kSuccess;
-  }
+  using Host = VisitorHost<SegmentArguments>;
+  using Host::to_underlying_arguments, Host::can_implement, Host::get_workspace_size, Host::initialize_workspace;
+  using typename Host::Arguments, typename Host::Params;
 
   CUTLASS_HOST_DEVICE OfRowAndSegment() {}
   CUTLASS_HOST_DEVICE OfRowAndSegment(Params const& params, typename Base::SharedStorage const& shared)

@@ -38,6 +38,19 @@ int32_t check(const qvdit_quantize_args& args) {
 
 namespace qvdit {
 
+int dynamic_shared_limit(const void* kernel) {
+  int device = 0, most = 0;
+  cudaFuncAttributes declared = {};
+  const bool known = cudaGetDevice(&device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess &&
+                     cudaFuncGetAttributes(&declared, kernel) == cudaSuccess;
+  if (!known) {
+    cudaGetLastError();  // resident_blocks meets it again
+    return 0;
+  }
+  return most - static_cast<int>(declared.sharedSizeBytes);
+}
+
 int32_t resident_blocks(const void* kernel, int threads, int shared, int most_shared, int& blocks) {
   constexpr int kAlwaysAllowed = 44 << 10;  // of the 48 KB that need no leave, beside what kernels declare themselves
   int device = 0, multiprocessors = 0, each = 0;

@@ -343,13 +343,17 @@ int32_t launch_halves(QuantizeParams& params, cudaStream_t stream) {
   int groups = warps < kWarpsWanted ? kWarpsWanted / warps : 1;
   while (groups > 1 && params.args.m < groups * kRows * kBlocksWanted) groups /= 2;
   const int threads = 32 * warps * groups;
+  const int staging = threads * kRows * kVectors * 16;
   const int alpha = static_cast<int>(params.args.rank) * kVectors * 2 * 32 * warps * 16;
-  params.alpha_shared = kRanks > 0 && alpha <= kMostAlpha;
-  const int shared = threads * kRows * kVectors * 16 + (params.alpha_shared ? alpha : 0);
+  const int limit = dynamic_shared_limit(reinterpret_cast<const void*>(kernel));
+  // That of one rank always is: with the staging at most 96 KB, which every device has.
+  params.alpha_shared = kRanks == 1 || (kRanks > 1 && alpha <= kMostAlpha && staging + alpha <= limit);
+  const int shared = staging + (params.alpha_shared ? alpha : 0);
   constexpr int kMostShared = 32 * kMaxWarps * kRows * kVectors * 16 + kMostAlpha;
+  const int most_shared = kMostShared < limit ? kMostShared : limit;
   int resident = 0;
   if (const int32_t status =
-          resident_blocks(reinterpret_cast<const void*>(kernel), threads, shared, kMostShared, resident)) {
+          resident_blocks(reinterpret_cast<const void*>(kernel), threads, shared, most_shared, resident)) {
     return status;
   }
   const int64_t blocks = (params.args.m + groups * kRows - 1) / (groups * kRows);

@@ -23,14 +23,15 @@ def parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="HxW",
-        help="height and width of the model's input; the first is tuned for (default: the example's)",
+        help="height and width of the model's input, once for each size; the engine spans them, and is fastest at the "
+        "first (default: the example's)",
     )
     made.add_argument("--batch", type=int, help="largest batch (default: the example's)")
     made.add_argument(
         "--fixed", action="store_true", help="the example's shapes and no other: quicker to build and to run"
     )
     made.add_argument("--workspace", metavar="SIZE", help="scratch memory for the build, as 512M or 4G (default: all)")
-    add_build_arguments(made, cache="timing.cache beside the engine")
+    add_build_arguments(made, cache="timing.cache beside the engine", plugin="the one beside the engine")
     return made
 
 

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from qvdit.contract import QvditError
+from qvdit.contract.errors import in_one_line
+from qvdit.runtimes.tensorrt.plugin import LIBRARY, VARIABLE
 
 
-def add_build_arguments(parser: argparse.ArgumentParser, cache: str) -> None:
-    """How engines are built, and where; ``cache`` says where timings are kept otherwise."""
+def add_build_arguments(parser: argparse.ArgumentParser, cache: str, plugin: str) -> None:
+    """How engines are built, and where; ``cache`` and ``plugin`` say where timings and the plugin are otherwise."""
     level = "0, fast to build, to 5 (default: 3)"
     parser.add_argument("--optimization-level", type=int, choices=range(6), help=level)
     parser.add_argument("--timing-cache", type=Path, help=f"measurements to reuse (default: {cache})")
-    parser.add_argument("--plugin", type=Path, help="libqvdit_tensorrt.so")
+    parser.add_argument("--plugin", type=Path, help=f"{LIBRARY} (default: what {VARIABLE} names, or {plugin})")
     parser.add_argument("--verbose", action="store_true", help="all that TensorRT says, on stderr")
     add_device_argument(parser)
 
@@ -32,10 +34,10 @@ def build_options(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def exit_status(work: Callable[[], object]) -> int:
-    """Do the work: 0, or 2 after a user's error, told on stderr."""
+    """Do the work: 0, or 2 after a user's or the system's error, told on stderr in one line."""
     try:
         work()
-    except QvditError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (QvditError, OSError) as error:
+        print(in_one_line(error), file=sys.stderr)
         return 2
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,7 +33,7 @@ class BuildOptions:
 
     video_sizes: tuple[tuple[int, int], ...] = ()  # height and width of hidden_states; the first is tuned for
     batch: int | None = None  # the largest; None: the example's
-    fixed: bool = False  # one shape alone, the example's or the one asked for: quicker to build, and to run
+    fixed: bool = False  # the example's shapes and no other: quicker to build, and to run
     workspace: int | None = None  # bytes of scratch memory; None: all there is
     optimization_level: int | None = None  # 0 to 5
     timing_cache: Path | None = None  # None: beside the engine
@@ -76,6 +77,8 @@ def make_profile(
 
     inputs: the manifest's, with names for what varies. example: the shapes of the saved reference.
     """
+    if options.batch is not None and options.batch < 1:
+        raise QvditError(f"--batch {options.batch}", "1 or more", "check --batch")
     if options.fixed:
         return _fixed_profile(example, options)
     found = {name: size for key, dims in inputs.items() for name, size in zip(dims, example[key], strict=True)}
@@ -166,10 +169,9 @@ class Builder:
     def _parse_error(self, model: Path, parser: Any) -> QvditError:
         errors = [parser.get_error(i) for i in range(parser.num_errors)]
         where = versions.error_node(errors[0]) if errors else "the model"
-        reasons = "; ".join(dict.fromkeys(" ".join(error.desc().split()) for error in errors[:3]))
-        ours = self.log.why()
+        reasons = "; ".join(dict.fromkeys([*(" ".join(error.desc().split()) for error in errors[:3]), self.log.why()]))
         return QvditError(
-            f"{model}, which TensorRT does not parse at {where} ({reasons or ours}: {ours})",
+            f"{model}, which TensorRT does not parse at {where} ({reasons})",
             "nodes that this TensorRT and the plugin know",
             "export the model again; --verbose shows more",
         )
@@ -209,6 +211,7 @@ def build_engine(
     saved = load_reference(bundle)
     profile = make_profile(manifest.inputs, {name: value.shape for name, value in saved.inputs.items()}, options)
     cache = options.timing_cache or (bundle / ENGINE).with_name("timing.cache")
+    _refuse_unwritable(bundle / ENGINE, cache)
     builder = Builder(gpu, options, cache, library, say, report)
     here = gpu.facts()
     say(f"TensorRT {trt.__version__} on {here.name}: building {bundle / ENGINE}")
@@ -239,6 +242,14 @@ def build_engine(
     refuse_failed(parity, pending(bundle / ENGINE_PARITY))
     install(bundle, plan, facts)
     return Built(facts, parity)
+
+
+def _refuse_unwritable(*files: Path) -> None:
+    """Before minutes are spent on what could not be kept."""
+    for file in files:
+        folder = next(path for path in file.absolute().parents if path.exists())
+        if file.is_dir() or not os.access(folder, os.W_OK):
+            raise QvditError(f"{file}, which cannot be written", "a file in a folder of yours", "check the path")
 
 
 def _exported(bundle: Path) -> Manifest:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,11 @@ def complete_install(bundle: Path) -> None:
     facts = pending(bundle / ENGINE_FACTS)
     if not facts.is_file() or not (bundle / ENGINE).is_file():
         return
-    if _parsed(facts).engine_sha256 != sha256(bundle / ENGINE):
-        return  # of an engine that was never put in place, and will be built again
+    try:
+        if _parsed(facts).engine_sha256 != sha256(bundle / ENGINE):
+            return  # of an engine that was never put in place, and will be built again
+    except QvditError:
+        return  # left by another version of this program: the next build replaces it
     try:
         for name in (ENGINE_PARITY, ENGINE_FACTS):
             with contextlib.suppress(FileNotFoundError):  # another process is at the same
@@ -101,9 +105,10 @@ def read_facts(bundle: Path) -> EngineFacts:
 def read_engine(bundle: Path, facts: EngineFacts) -> bytes:
     """The engine's bytes, compared with their sha256."""
     path = bundle / ENGINE
-    if sha256(path) != facts.engine_sha256:
+    content = path.read_bytes()
+    if hashlib.sha256(content).hexdigest() != facts.engine_sha256:
         raise QvditError(f"{path}, which is damaged", f"the sha256 that {ENGINE_FACTS} names", _AGAIN)
-    return path.read_bytes()
+    return content
 
 
 def _parsed(path: Path) -> EngineFacts:

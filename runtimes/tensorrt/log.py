@@ -11,7 +11,7 @@ _KEPT = 50
 
 
 def logger(verbose: bool = False) -> Any:
-    """A TensorRT logger with ``errors()``, the last error's text; verbose: everything goes to stderr as well."""
+    """A TensorRT logger with ``why()``, the last errors' text; verbose: everything goes to stderr as well."""
     trt = versions.tensorrt()
 
     class Logger(trt.ILogger):  # type: ignore[name-defined,misc]  # the base is there only where TensorRT is

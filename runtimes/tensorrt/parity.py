@@ -13,6 +13,7 @@ import numpy as np
 from qvdit.contract import QvditError
 from qvdit.contract.bundle import TENSORRT_LAYERS
 from qvdit.contract.parity import (
+    ERROR_RATIOS,
     LayerOutputs,
     LayerParity,
     LayerReference,
@@ -29,9 +30,8 @@ from qvdit.runtimes.tensorrt.session import TensorRtSession
 if TYPE_CHECKING:
     from qvdit.runtimes.tensorrt.build import Builder, Say
 
-RATIO = (0.9, 1.1)  # of the engine's error against full precision to the reference's
 STATIC_TOLERANCE = 1e-2  # relative error of a layer that TensorRT's own INT8 kernels compute
-_LAYER_LEVEL = 0  # the layers' engine runs once: quick to build
+_LAYER_LEVEL = 0  # the layers' engine runs once: quick to build. Its kernels are the plugin's, whatever the level
 
 _BETWEEN_NAMES = ","  # of the layers that one node computes: qvdit/export/plugin.py's
 _WORDS = {"x_q": 0, "x_q_less_128": STORED_ZERO}  # output → what was taken from the integers to fit int8
@@ -45,8 +45,7 @@ class LayerEngine:
 
     def __init__(self, bundle: Path, references: tuple[LayerReference, ...], builder: Builder):
         self._references = {reference.name: reference for reference in references}
-        # The layers' engine runs once: quick to build. Its kernels are the plugin's, whatever the level.
-        plan = builder.build(bundle / TENSORRT_LAYERS, self._shapes, level=0)
+        plan = builder.build(bundle / TENSORRT_LAYERS, self._shapes, _LAYER_LEVEL)
         self._session = TensorRtSession(plan, builder.device, builder.log)
         self.nodes = [name.removesuffix(":x") for name in self._session.inputs]
 
@@ -124,7 +123,7 @@ def check_engine(
     half = load_half(bundle)
     if half is not None:
         result |= _against_half(output, half, saved.full)
-    name, _, error = standard(result)
+    name, error = standard(result)
     say(
         f"parity: {result['layers_compared']} layers, {result['xq_mismatches']} x_q and {result['acc_mismatches']} acc "
         f"differ; model: relative error {_text(result['model_rel_err'])} to PyTorch's quantized model, error against "
@@ -145,14 +144,14 @@ def _against_half(output: np.ndarray, half: np.ndarray, full: np.ndarray) -> dic
     )
 
 
-def standard(result: Mapping[str, Any]) -> tuple[str, str, float | None]:
-    """What the engine's error is measured by: its name, the key of the ratio, and the ratio.
+def standard(result: Mapping[str, Any]) -> tuple[str, float | None]:
+    """What the engine's error is measured by: its name, and the ratio.
 
     That is PyTorch's FP16 run, whose rounding is the engine's kind, or its float32 run where there is no other.
     """
-    key = "half_error_ratio" if "half_error_ratio" in result else "error_ratio"
-    name = "PyTorch's FP16 run of it" if key == "half_error_ratio" else "PyTorch's float32 run of it"
-    return name, key, result[key]
+    if "half_error_ratio" in result:
+        return "PyTorch's FP16 run of it", result["half_error_ratio"]
+    return "PyTorch's float32 run of it", result["error_ratio"]
 
 
 def summary(layers: list[LayerParity], model: ModelParity) -> dict[str, Any]:
@@ -192,8 +191,8 @@ def failures(result: Mapping[str, Any]) -> list[str]:
     ]
     if static:
         found.append(f"{len(static)} static layers off by more than {STATIC_TOLERANCE}, the first {static[0]['name']}")
-    name, _, ratio = standard(result)
-    if not _within(ratio, *RATIO):
+    name, ratio = standard(result)
+    if not _within(ratio, *ERROR_RATIOS):
         found.append(f"an error against full precision of {_text(ratio)} of that of {name}")
     return found
 
@@ -212,6 +211,6 @@ def refuse_failed(result: Mapping[str, Any], where: Path) -> None:
     if found:
         raise QvditError(
             f"an engine that fails parity: {'; '.join(found)}",
-            f"equal integers, and an error of {RATIO[0]} to {RATIO[1]} of the reference's",
+            f"equal integers, and an error of {ERROR_RATIOS[0]} to {ERROR_RATIOS[1]} of the reference's",
             f"look at {where}; the engine that was there before is untouched",
         )

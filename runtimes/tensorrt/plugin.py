@@ -42,9 +42,9 @@ def find_library(named: Path | None = None, beside: Path | None = None) -> Plugi
     for place in places:
         if place.is_file():
             return inspect_library(place)
-    folders = named if named else " or ".join(str(place.parent) for place in places)
+    folders = " or ".join(str(place.parent) for place in places)
     raise QvditError(
-        f"no plugin {LIBRARY if not named else ''} in {folders}" if not named else f"no file {named}",
+        f"no file {named}" if named else f"no plugin {LIBRARY} in {folders}",
         "TensorRT's LowBitLinear plugin",
         f"build it: {_BUILD}; or name it by {VARIABLE}",
     )

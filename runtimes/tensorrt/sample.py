@@ -1,4 +1,4 @@
-"""Samples videos with a bundle's engine, without PyTorch, from plans of export/plan.py.
+"""Samples videos with a bundle's engine, without PyTorch, from sampling plans.
 
 python -m qvdit.runtimes.tensorrt.sample BUNDLE --out videos.safetensors PLAN …
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from qvdit.contract import QvditError
 from qvdit.contract.files import write_atomic
 from qvdit.contract.plan import read_plan
 from qvdit.runtimes.sampling import sample
@@ -22,8 +23,15 @@ from qvdit.runtimes.tensorrt.session import TensorRtSession
 
 
 def sample_videos(bundle: Path, plans: list[Path], out: Path, device: str = "cuda", cuda_graph: bool = False) -> None:
-    """Write ``videos`` [V, …], float32, one a plan in their order."""
+    """Write ``videos`` [V, …], float32, one a plan in their order; all are of one size."""
     read = [read_plan(path) for path in plans]
+    for path, plan in zip(plans, read, strict=True):
+        if plan.latents.shape != read[0].latents.shape:
+            raise QvditError(
+                f"{path} with latents {list(plan.latents.shape)}",
+                f"{list(read[0].latents.shape)}, as in {plans[0]}",
+                "sample videos of each size on their own",
+            )
     with TensorRtSession.of_bundle(bundle, device, cuda_graph) as session:
         videos = [sample(session, plan) for plan in read]
     tensors = {"videos": np.ascontiguousarray(np.concatenate(videos), np.float32)}
@@ -34,8 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Sample; returns the exit status."""
     made = argparse.ArgumentParser(prog="python -m qvdit.runtimes.tensorrt.sample", description=__doc__.splitlines()[0])
     made.add_argument("bundle", type=Path, help="a bundle with an engine")
-    made.add_argument("plans", type=Path, nargs="+", help="one a video")
-    made.add_argument("--out", type=Path, required=True, help="the videos' safetensors file")
+    made.add_argument("plans", type=Path, nargs="+", help="one a video, as OUT/edge/sample/plan.safetensors")
+    made.add_argument("--out", type=Path, required=True, help="safetensors file of the videos, in the plans' order")
     add_device_argument(made)
     made.add_argument("--cuda-graph", action="store_true", help="replay the engine's launches as one")
     given = made.parse_args(arguments)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -205,18 +204,6 @@ class TensorRtSession:
             "see that height and width are multiples of the patch size",
         )
 
-    def time(self, inputs: Mapping[str, Any], repeats: int, timer: Callable[[], float]) -> list[float]:
-        """Seconds of ``repeats`` runs on inputs that are on the device already, each waited for."""
-        self.infer_all(inputs)
-        addresses = {name: buffer.address for name, buffer in self._buffers.items()}
-        seconds = []
-        for _ in range(repeats):
-            start = timer()
-            self._execute(addresses)
-            self._stream.synchronize()
-            seconds.append(timer() - start)
-        return seconds
-
     def timer(self, inputs: Mapping[str, np.ndarray]) -> Callable[[], float]:
         """A function that runs the model once, on inputs that are on the device already: ms between two CUDA events."""
         self.infer_all(inputs)
@@ -284,8 +271,3 @@ def open_device(name: str) -> Device:
     if match is None:
         raise QvditError(f"device {name!r}", "cuda or cuda:N", "TensorRT runs on a GPU alone: choose one")
     return Device(int(match[1] or 0))
-
-
-def elements(shape: Shape) -> int:
-    """How many values a shape has."""
-    return math.prod(shape)

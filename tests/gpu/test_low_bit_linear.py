@@ -194,11 +194,14 @@ def test_outputs_are_within_rounding(size, rank, dtype, bits, parts):
         assert_close(run(layer, x, max(m // 3, 1), tile), reference, terms)
 
 
-@pytest.mark.parametrize(("m", "n"), [(1, 192), (129, 264), (257, 520), (1000, 1152)])
+@pytest.mark.parametrize(("m", "n"), [(1, 192), (129, 264), (257, 520), (1000, 1152), (6001, 1160)])
 @pytest.mark.parametrize("k", [64, 1000])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_integers_come_through_outputs_of_16_bits(m, n, k, symmetric):
-    """Scales of 1 and accumulators that float16 holds: what tiles without int32 outputs are checked by."""
+    """Scales of 1 and accumulators that float16 holds: what tiles without int32 outputs are checked by.
+
+    The last size has several tiles for each multiprocessor.
+    """
     rng = np.random.default_rng(m)
     x = np.zeros((m, k), np.float32)
     x[:, :60] = rng.integers(-15 if symmetric else 0, 16, (m, 60))
@@ -206,7 +209,7 @@ def test_integers_come_through_outputs_of_16_bits(m, n, k, symmetric):
     x = rng.permuted(x, axis=1)
     weight_q = rng.integers(-1, 2, (n, k)).astype(np.int8)
     layer = LowBitLayer("layer", 4, 8, symmetric, FrameRows.NONE, weight_q, np.ones(n, np.float32))
-    expected_y = x.astype(np.int64) @ weight_q.T.astype(np.int64)
+    expected_y = (x.astype(np.float64) @ weight_q.T.astype(np.float64)).astype(np.int64)
     for tile in tiles(n, 2):
         y = run(layer, torch.from_numpy(x).half().cuda(), tile=tile)
         np.testing.assert_array_equal(y.cpu().numpy().astype(np.int64), expected_y, err_msg=str(tile))
@@ -321,9 +324,9 @@ def test_tiles_of_192_columns_refuse_what_they_cannot_express(bits, symmetric, r
 
 @pytest.mark.parametrize("rank", [0, 1, 4, 10])
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize(("m", "segment"), [(1, 128), (129, 256), (300, 384)])
+@pytest.mark.parametrize(("m", "segment"), [(1, 128), (129, 256), (300, 384), (12_001, 384)])
 def test_linears_below_each_other(m, segment, rank, symmetric):
-    """q, k and v as one call on one quantized x: the same bits as three calls."""
+    """q, k and v as one call on one quantized x: the same bits as three calls. The last size is of many tiles."""
     x = torch.randn(m, 96, generator=torch.Generator().manual_seed(m)).bfloat16().cuda()
     layers = [random_layer(segment, 96, 4, symmetric, ("bias", "gain"), rank, seed) for seed in range(3)]
 

@@ -141,6 +141,27 @@ def test_low_rank_input_side(symmetric, rank, k, frames):
     assert ((found[3].T.double() - expected).abs() <= 8 * EPS * terms + 1e-37).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("rank", [0, 1, 3, 32])
+@pytest.mark.parametrize("k", [40, 1152, 5120])
+def test_rows_do_not_depend_on_how_many_there_are(dtype, symmetric, rank, k):
+    """Many rows, of which each block has several after one another: what they give a few at a time."""
+    generator = torch.Generator("cuda").manual_seed(7)
+    x = torch.randn(20_001, k, generator=generator, device="cuda").to(dtype)
+    x[::1000, k // 2] = torch.nan
+    alpha = torch.randn(rank, k, generator=generator, device="cuda") if rank else None
+
+    def rows(part: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.ops.qvdit.quantize_rows(part, 8, symmetric, alpha=alpha, row_sums=True)
+
+    together, apart = rows(x), [rows(part) for part in x.split(200)]
+    for i, found in enumerate(together):
+        if found.numel():
+            expected = torch.cat([part[i] for part in apart], int(i == 3))  # u: [R, M]
+            torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from test_runner import COMPUTE, CORE, RUNNER, RefusedError, runner
 from test_tensorrt_plugin import PLUGIN, VERSIONS, cuda_include, includes
 
 from qvdit.contract import QvditError
-from qvdit.contract.bundle import DEVICE, SAMPLING_PLAN, Manifest, verify, write_manifest
+from qvdit.contract.bundle import DEVICE, PARITY_HALF, SAMPLING_PLAN, Manifest, verify, write_manifest
 from qvdit.contract.bundle import PLUGIN as LIBRARY
 from qvdit.contract.files import read_json, sha256
 from qvdit.contract.plan import FORMAT, SamplingPlan, save_plan
@@ -93,6 +93,15 @@ def test_single_step_schedulers_are_planned_and_others_refused():
             plan.step_factors(scheduler, 6)
 
 
+def test_pipelines_that_call_their_transformer_otherwise_are_refused(tiny_pipeline):
+    transformer = tiny_pipeline.transformer
+    noise = torch.zeros(1, 3, 2, 8, 8)
+    for run in (lambda pipe: None, lambda pipe: pipe.transformer(noise, timestep=torch.zeros(1))):
+        with pytest.raises(QvditError, match="a transformer that is not called with tensors encoder_hidden_states"):
+            plan.plan_sampling(tiny_pipeline, run, 1.0, clamp=True)
+        assert tiny_pipeline.transformer is transformer
+
+
 def test_damaged_plans(runner, tiny_pipeline, tmp_path):
     made = planned(tiny_pipeline, 3, 2.5)
     exchange = tmp_path / "exchange"
@@ -106,6 +115,10 @@ def test_damaged_plans(runner, tiny_pipeline, tmp_path):
 
     save_plan(made, tmp_path / "plan")
     refused("a model with other inputs")
+    others = {"timestep": np.zeros(2, np.float32), "encoder_hidden_states": made.condition}
+    save_file({"hidden_states": np.array(0, np.float32), **others}, exchange / "inputs.safetensors")
+    refused("as many extents as the model's hidden_states, 0")
+    save_file({"hidden_states": made.latents}, exchange / "inputs.safetensors")
     for change, why in (
         ({"gain": made.gain[:2]}, "steps do not have one length"),
         ({"latents": np.repeat(made.latents, 2, 0)}, "latents are no single video"),
@@ -171,8 +184,9 @@ def tools(tmp_path, monkeypatch):
         (folder / "NvInferVersion.h").write_text(text)
         headers.append(str(folder))
     monkeypatch.setenv("QVDIT_TENSORRT_INCLUDES", ":".join(headers))
-    (bin_folder / cross.COMPILER).write_text("#!/bin/sh\n")
-    (bin_folder / cross.COMPILER).chmod(0o755)
+    for name in (cross.COMPILER, "cmake"):
+        (bin_folder / name).write_text("#!/bin/sh\n")
+        (bin_folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{bin_folder}:/usr/bin:/bin")
     library = tmp_path / "libcudart_static.a"
     library.touch()
@@ -212,6 +226,12 @@ def test_missing_tools_are_named(tools, monkeypatch, tmp_path):
     (tmp_path / "cuda" / "bin" / cross.COMPILER).unlink()
     monkeypatch.setattr(cross, "COMPILER", "no-such-compiler")
     assert "no no-such-compiler" in missing("orin")
+    monkeypatch.setenv("PATH", str(tmp_path / "cuda" / "bin"))
+    (tmp_path / "cuda" / "bin" / "cmake").unlink()
+    assert missing("orin") == "no cmake"
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.setenv("QVDIT_TENSORRT_INCLUDES", str(tmp_path))
+    assert missing("local", None, "87").endswith("with headers of TensorRT none")
     monkeypatch.delenv("QVDIT_TENSORRT_INCLUDES")
     assert "no headers of TensorRT 10.3: name their folder by QVDIT_TENSORRT_INCLUDES" in missing("orin")
     monkeypatch.setenv("CUDACXX", "/no/nvcc")
@@ -381,3 +401,24 @@ def test_the_script_says_what_is_missing(small_bundle, tmp_path):
     code, _, stderr = script(made)
     assert (code, stderr.count("\n")) == (2, 1)
     assert "got no NvInfer.h; expected TensorRT's headers; apt install libnvinfer-dev" in stderr
+
+
+def test_a_later_fp16_run_goes_along(make_job, tmp_path, monkeypatch):
+    job = make_job(tmp_path / "out", target="tensorrt", device="orin")
+    made = []
+
+    def note(bundle: Path, contents: Any, folder: Path) -> None:
+        made.append(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "file").touch()
+
+    monkeypatch.setattr(edge, "export_edge", note)
+    monkeypatch.setattr(type(job), "_sampling_plan", lambda self: None)
+    monkeypatch.setattr(job.stages, "result", lambda name: name)
+    for count in (1, 1):
+        job.edge(None)
+        assert len(made) == count
+    (job.out / PARITY_HALF).parent.mkdir()
+    (job.out / PARITY_HALF).touch()
+    job.edge(None)
+    assert len(made) == 2

@@ -70,3 +70,15 @@ def test_one_of_another_model_is_refused(copied: Path, monkeypatch: pytest.Monke
     (copied / PARITY_HALF).write_bytes(b"nothing")
     with pytest.raises(QvditError, match="damaged"):
         load_half(copied)
+
+
+def test_what_is_no_bundle_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(qvdit.runtimes, "load", lambda *_, **__: Drop())
+    monkeypatch.setattr("sys.argv", ["half", str(tmp_path)])
+    assert half.main() == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    monkeypatch.setattr("sys.argv", ["half"])
+    with pytest.raises(SystemExit):
+        half.main()

@@ -630,6 +630,16 @@ def test_a_model_without_an_output(runner, folder):
         folder.run(runner, lambda outputs: outputs.pop("b:acc") is None)
 
 
+@pytest.mark.parametrize(("output", "given", "needed"), [("b:x_q_less_128", 60, 64), ("c:y", 0, 0)])
+def test_outputs_of_too_few_columns(runner, folder, output, given, needed):
+    def spoil(outputs: dict[str, np.ndarray]) -> None:
+        values = given // (4 if "x_q" in output else 1)
+        outputs[output] = np.ascontiguousarray(outputs[output][..., :values])
+
+    with pytest.raises(RefusedError, match=f"got rows of {given} values; expected at least {needed}"):
+        folder.run(runner, spoil)
+
+
 def test_profiles_of_layers(runner, folder):
     inputs = folder.parity / "inputs.safetensors"
     assert runner.call("layer_profile", inputs, "a.q,a.k:x") == "2x3x40 2x3x40"

@@ -436,3 +436,19 @@ def test_source_tree_is_importable_without_installation(tmp_path: Path) -> None:
     python = [sys.executable, "-S", "-c", code]  # -S: nothing that is installed
     done = subprocess.run(python, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == str(root / "runtimes" / "__init__.py"), done.stderr
+
+
+def test_a_tensor_comes_back_to_the_gpu_it_came_from(bundle: Path) -> None:
+    """The engine may be on another one. Stand-ins: the device without data is one, the CPU is the other."""
+
+    class OnGpu(torch.Tensor):
+        is_cuda = True
+
+    class Session:
+        def infer(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+            return torch.zeros(inputs["hidden_states"].shape)
+
+    video = torch.zeros(2, 3, 4, 4, 4, dtype=torch.float16, device="meta").as_subclass(OnGpu)
+    transformer = RuntimeTransformer(Session(), verify(bundle), "cuda:1")
+    (found,) = transformer(video, torch.tensor(3.0), torch.zeros(2, 1, 8), return_dict=False)
+    assert (found.device, found.dtype) == (video.device, video.dtype)

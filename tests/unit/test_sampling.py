@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from qvdit.contract import QvditError
 from qvdit.contract.plan import FORMAT, read_plan
 from qvdit.runtimes.sampling import sample
+from qvdit.runtimes.tensorrt.sample import sample_videos
 
 STEPS, PROMPT = 3, "a red circle moving right in front of a blue square circling clockwise on a grey background"
 
@@ -64,7 +65,7 @@ def test_nan_is_refused(tiny_pipeline: Any, tmp_path: Path) -> None:
         sample(Session(tiny_pipeline.transformer), read_plan(tmp_path / "plan"))
 
 
-@pytest.mark.parametrize("damage", ["absent", "text", "version", "missing", "steps", "batch"])
+@pytest.mark.parametrize("damage", ["absent", "text", "version", "missing", "steps", "batch", "scalar"])
 def test_a_file_that_is_no_plan(damage: str, tiny_pipeline: Any, tmp_path: Path) -> None:
     path = tmp_path / "plan"
     write_plan(tiny_pipeline, 2.5, path)
@@ -80,7 +81,19 @@ def test_a_file_that_is_no_plan(damage: str, tiny_pipeline: Any, tmp_path: Path)
         save({name: value for name, value in tensors.items() if name != "gain"}, metadata=metadata)
     elif damage == "steps":
         save(tensors | {"gain": tensors["gain"][1:].copy()}, metadata=metadata)
+    elif damage == "scalar":
+        save(tensors | {"guidance": np.array(2.5, np.float32)}, metadata=metadata)
     else:
         save(tensors | {"latents": np.zeros((2, 3), np.float32)}, metadata=metadata)
     with pytest.raises(QvditError, match="expected a sampling plan"):
         read_plan(path)
+
+
+def test_videos_of_two_sizes_are_refused_before_any_is_sampled(tiny_pipeline: Any, tmp_path: Path) -> None:
+    write_plan(tiny_pipeline, 1.0, tmp_path / "plan")
+    tensors = load_file(tmp_path / "plan")
+    save_file(
+        tensors | {"latents": tensors["latents"][..., :16].copy()}, tmp_path / "narrow", metadata={"format": FORMAT}
+    )
+    with pytest.raises(QvditError, match=r"narrow with latents \[1, 3, 16, 32, 16\]"):
+        sample_videos(tmp_path, [tmp_path / "plan", tmp_path / "narrow"], tmp_path / "videos")

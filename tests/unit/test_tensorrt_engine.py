@@ -14,6 +14,7 @@ from fake_tensorrt import DataType, Fake, FakeDriver, Layer, LayerType, Network,
 from qvdit.contract import QvditError
 from qvdit.contract.bundle import ENGINE, ENGINE_FACTS, ENGINE_PARITY
 from qvdit.contract.parity import load_reference, save_half
+from qvdit.runtimes.tensorrt import __main__ as command
 from qvdit.runtimes.tensorrt import device, plugin, versions
 from qvdit.runtimes.tensorrt.build import BuildOptions, build_engine, make_profile
 from qvdit.runtimes.tensorrt.session import TensorRtSession
@@ -386,6 +387,40 @@ def test_an_installation_that_cannot_be_finished_says_what_to_do(
     monkeypatch.setattr(Path, "replace", lambda path, target: (_ for _ in ()).throw(PermissionError("read-only")))
     with pytest.raises(QvditError, match=r"cut short.*rename .*engine\.json\.new to"):
         TensorRtSession.of_bundle(exported)
+
+
+@pytest.mark.parametrize("content", ["{}", "cut sho"])
+def test_an_installation_of_another_version_does_not_stop_a_build(content: str, trt: Fake, exported: Path) -> None:
+    build(exported)
+    left = exported / f"{ENGINE_FACTS}.new"
+    left.write_text(content)
+    with TensorRtSession.of_bundle(exported):
+        pass
+    build(exported, optimization_level=1)
+    assert not left.exists()
+
+
+def test_a_batch_of_none_is_refused() -> None:
+    for fixed in (False, True):
+        with pytest.raises(QvditError, match="--batch 0"):
+            make_profile({"x": ["batch"]}, {"x": [2]}, BuildOptions(batch=0, fixed=fixed))
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_build(trt: Fake, exported: Path) -> None:
+    with pytest.raises(QvditError, match="which cannot be written"):
+        build(exported, timing_cache=exported)
+    assert not trt.builds
+
+
+def test_the_systems_errors_are_one_line(
+    trt: Fake, exported: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device", "model.plan")
+
+    monkeypatch.setattr("qvdit.runtimes.tensorrt.build.install", full)
+    assert command.main([str(exported)]) == 2
+    assert capsys.readouterr().err.startswith("error: got No space left on device model.plan; expected files")
 
 
 def test_no_gpu_and_no_tensorrt(monkeypatch: pytest.MonkeyPatch, exported: Path) -> None:

@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--models", default=",".join(cases.USUAL_MODELS))
     made.add_argument("--engines", default=",".join(cases.ENGINES))
     made.add_argument("--repeats", type=int, default=measure.REPEATS, help="timings of each, taken in turns")
-    add_build_arguments(made, cache="CASES/timing.cache")
+    add_build_arguments(made, cache="CASES/timing.cache", plugin="the one built here")
     made.add_argument("--no-cuda-graph", action="store_true", help="enqueue every run instead of replaying a graph")
     made.add_argument("--build-only", action="store_true", help="build and compare, time nothing")
     made.add_argument("--profile", action="store_true", help="leave each engine's time by layer as ENGINE/profile.json")

@@ -61,13 +61,13 @@ int64_t count_differing(const std::vector<int64_t>& found, const std::vector<int
 }
 
 double psnr_db(const std::vector<float>& video, const std::vector<float>& reference) {
+  if (video.size() != reference.size()) return -std::numeric_limits<double>::infinity();
   double sum = 0;
   for (size_t i = 0; i < video.size(); ++i) {
     const double difference = std::clamp(video[i], -1.0f, 1.0f) - std::clamp(reference[i], -1.0f, 1.0f);
     sum += difference * difference;
   }
-  const double error = video.size() == reference.size() ? sum / static_cast<double>(std::max<size_t>(video.size(), 1))
-                                                        : std::numeric_limits<double>::infinity();
+  const double error = sum / static_cast<double>(std::max<size_t>(video.size(), 1));
   return 10 * std::log10(4 / std::max(error, 1e-10));
 }
 

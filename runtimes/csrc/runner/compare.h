@@ -44,7 +44,8 @@ ModelParity compare_models(const std::vector<float>& runtime, const std::vector<
 // How many differ; all of them where there are more or fewer than expected.
 int64_t count_differing(const std::vector<int64_t>& found, const std::vector<int64_t>& expected);
 
-// Peak signal-to-noise ratio in dB of values clipped to -1 … 1: psnr of qvdit/reference/measure.py.
+// Peak signal-to-noise ratio in dB of values clipped to -1 … 1: psnr of qvdit/reference/measure.py. -infinity for
+// another number of values.
 double psnr_db(const std::vector<float>& video, const std::vector<float>& reference);
 
 }  // namespace qvdit::runner

@@ -1,9 +1,10 @@
 // qvdit-run: builds, proves, times and samples with TensorRT what qvdit-export --device wrote. Exit status: 0; 1 where
-// parity fails; 2 and one line for whatever cannot be done.
+// `parity` fails; 2 and one line for whatever cannot be done, an engine of `build` that fails parity among it.
 #include <algorithm>
 #include <cstdio>
 #include <exception>
 #include <memory>
+#include <new>
 
 #include "arguments.h"
 #include "compare.h"

@@ -48,6 +48,12 @@ Tensor typed(const std::string& name, const Port& port, Tensor tensor) {
   return cast(tensor, port.type);
 }
 
+// Values in a row of an output.
+size_t row_width(const std::string& name, const Tensor& tensor) {
+  if (tensor.shape.empty()) throw Error("a scalar " + name, "rows of values", "export the model again");
+  return static_cast<size_t>(tensor.shape.back());
+}
+
 // [..., L, K] → [B, L, K].
 Shape three_dimensional(const Shape& shape) {
   if (shape.size() < 2) throw Error("a layer's input of " + shape_text(shape), "[..., L, K]", "copy the folder again");
@@ -56,9 +62,13 @@ Shape three_dimensional(const Shape& shape) {
   return made;
 }
 
-// Columns start … start + count of rows of ``width`` values.
+// Columns start … start + count of rows of ``width`` values. Throws Error where rows are shorter.
 template <typename T>
 std::vector<T> columns(const std::vector<T>& values, size_t width, size_t start, size_t count) {
+  if (width == 0 || start > width || count > width - start) {
+    throw Error("rows of " + std::to_string(width) + " values", "at least " + std::to_string(start + count),
+                "export the model again: its layers are not those of the reference run");
+  }
   std::vector<T> made;
   for (size_t row = 0; row + width <= values.size(); row += width) {
     const auto first = values.begin() + static_cast<std::ptrdiff_t>(row + start);
@@ -68,8 +78,8 @@ std::vector<T> columns(const std::vector<T>& values, size_t width, size_t start,
 }
 
 // int32 words of four int8 each → the first K of every row.
-std::vector<int64_t> unpacked(const Tensor& words, int64_t features, int64_t offset) {
-  const size_t width = static_cast<size_t>(words.shape.back()) * 4;
+std::vector<int64_t> unpacked(const std::string& name, const Tensor& words, int64_t features, int64_t offset) {
+  const size_t width = row_width(name, words) * 4;
   std::vector<int64_t> bytes;
   for (const uint8_t byte : words.data) bytes.push_back(static_cast<int8_t>(byte) + offset);
   return columns(bytes, width, 0, static_cast<size_t>(features));
@@ -87,14 +97,15 @@ LayerParity check_layer(const std::string& node, const std::string& name, size_t
   LayerParity parity;
   parity.name = name;
   const Tensor& y = output(outputs, node + ":y");
-  const size_t width = static_cast<size_t>(y.shape.back()), n = width / count;
+  const size_t width = row_width(node + ":y", y), n = width / count;
   parity.rel_err = relative_error(columns(floats(y), width, index * n, n), floats(reference.read(key + "y")));
   const bool has_symmetric = outputs.count(node + ":x_q") > 0;
   if (has_symmetric || outputs.count(node + ":x_q_less_128")) {
-    const Tensor& words = output(outputs, node + (has_symmetric ? ":x_q" : ":x_q_less_128"));
+    const std::string stored = node + (has_symmetric ? ":x_q" : ":x_q_less_128");
     const std::vector<int64_t> x_q = integers(reference.read(key + "x_q"));
     parity.xq_compared = static_cast<int64_t>(x_q.size());
-    parity.xq_mismatches = count_differing(unpacked(words, features, has_symmetric ? 0 : 128), x_q);
+    parity.xq_mismatches =
+        count_differing(unpacked(stored, output(outputs, stored), features, has_symmetric ? 0 : 128), x_q);
     const std::vector<int64_t> acc = integers(reference.read(key + "acc"));
     parity.acc_compared = static_cast<int64_t>(acc.size());
     parity.acc_mismatches =
@@ -165,7 +176,7 @@ std::vector<LayerParity> check_layers(Model& layers, const SafeTensors& inputs, 
       const std::string node = node_of(port);
       const std::vector<std::string> names = layers_of(node);
       if (index >= names.size()) continue;
-      const int64_t features = described.shape.back();
+      const int64_t features = feed.at(port).shape.back();
       found.push_back(check_layer(node, names[index], index, names.size(), outputs, features, reference));
     }
   }

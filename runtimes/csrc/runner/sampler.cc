@@ -30,7 +30,12 @@ void check_ports(const Model& model, const Plan& plan) {
     throw Error("a model with other inputs", "hidden_states, timestep and encoder_hidden_states", "export it again");
   }
   if (model.outputs().size() != 1) throw Error("a model of several outputs", "one", "export it again");
-  const int64_t batch = ports.at(kHidden).shape.front(), needed = plan.condition.shape.front();
+  const Shape& hidden = ports.at(kHidden).shape;
+  if (hidden.size() != plan.latents.shape.size()) {
+    throw Error("latents of " + shape_text(plan.latents.shape),
+                "as many extents as the model's hidden_states, " + std::to_string(hidden.size()), "export it again");
+  }
+  const int64_t batch = hidden.front(), needed = plan.condition.shape.front();
   if (batch >= 0 && batch != needed) {
     throw Error("an engine for batches of " + std::to_string(batch), std::to_string(needed) + " as the plan has them",
                 "build the engine with that batch in its profile");

@@ -36,9 +36,9 @@ struct Tensor {
 
 using Tensors = std::map<std::string, Tensor>;
 
-// Values of any type but int64 as float32 (float64 is rounded).
+// Values of a floating-point type as float32 (float64 is rounded). Throws std::invalid_argument for any other.
 std::vector<float> floats(const Tensor& tensor);
-// Values of an integer type.
+// Values of an integer type, or of booleans. Throws std::invalid_argument for any other.
 std::vector<int64_t> integers(const Tensor& tensor);
 // A tensor of floating-point values in another floating-point type, rounded to nearest even.
 Tensor cast(const Tensor& tensor, Type type);

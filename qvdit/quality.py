@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qvdit.runtimes
-from qvdit.contract.files import write_atomic
+from qvdit.contract.files import finite, write_atomic
 from qvdit.contract.parity import relative_error
 from qvdit.method.calibration import Progress, no_progress, sample
 from qvdit.reference import measure, world
@@ -77,11 +76,6 @@ def measurements(videos: torch.Tensor, trial: Trial) -> dict[str, torch.Tensor]:
     except ValueError:
         return {}
     return measure.measure(videos, world.SceneBatch.from_scenes(scenes, videos.device))
-
-
-def finite(value: float) -> float | None:
-    """The value, or None for NaN and Inf, which JSON cannot hold: a model that yields NaN has no PSNR."""
-    return value if math.isfinite(value) else None
 
 
 def means(values: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -24,10 +24,11 @@ from qvdit.compare.plan import (
 from qvdit.compare.store import Record, Store
 from qvdit.compare.table import COLUMNS
 from qvdit.contract import QvditError
+from qvdit.contract.files import finite
 from qvdit.contract.layer import WeightSize
 from qvdit.method.recipe import Recipe
 from qvdit.models.loading import SourceModel
-from qvdit.quality import finite, means_and_errors
+from qvdit.quality import means_and_errors
 from qvdit.reference.measure import ATTRIBUTES
 
 Item = Task | SweepRun

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +32,11 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically; the same value always gives the same bytes."""
     write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def finite(value: float) -> float | None:
+    """The value, or None for NaN and Inf, which JSON cannot hold: a model that yields NaN has no PSNR."""
+    return value if math.isfinite(value) else None
 
 
 def read_json(path: Path, what: str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ import numpy as np
 
 from qvdit.contract import QvditError
 from qvdit.contract.bundle import TENSORRT_LAYERS
+from qvdit.contract.files import finite
 from qvdit.contract.parity import (
     ERROR_RATIOS,
     LayerOutputs,
@@ -175,7 +175,7 @@ def summary(layers: list[LayerParity], model: ModelParity) -> dict[str, Any]:
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
+    return {key: finite(value) if isinstance(value, float) else value for key, value in values.items()}
 
 
 def failures(result: Mapping[str, Any]) -> list[str]:

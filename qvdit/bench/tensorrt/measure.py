@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import math
 import platform
 import time
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ from qvdit.bench.tensorrt.results import Results, Row, save
 from qvdit.bench.turns import in_turns, summary
 from qvdit.contract import QvditError
 from qvdit.contract.bundle import TENSORRT_LAYERS, TENSORRT_MODEL
-from qvdit.contract.files import read_json, sha256, write_atomic, write_json
+from qvdit.contract.files import finite, read_json, sha256, write_atomic, write_json
 from qvdit.contract.parity import SavedParity, load_reference, relative_error
 from qvdit.runtimes.tensorrt import plugin, versions
 from qvdit.runtimes.tensorrt.build import Builder, BuildOptions, Say
@@ -175,7 +174,7 @@ def _compare_layers(folder: Path, saved: SavedParity, builder: Builder, built: B
         layers_compared=len(counted),
         xq_mismatches=sum(layer.xq_mismatches for layer in counted),
         acc_mismatches=sum(layer.acc_mismatches for layer in counted),
-        worst_layer=_finite(max(layer.rel_err for layer in compared)),
+        worst_layer=finite(max(layer.rel_err for layer in compared)),
     )
 
 
@@ -236,9 +235,9 @@ def _row(loaded: _Loaded, times: Sequence[float], builder: Builder, settings: Se
         engine_bytes=(loaded.folder / "tensorrt" / _PLAN).stat().st_size,
         weight_bytes=case.weight_bytes,
         device_bytes=loaded.device_bytes,
-        rel_err=_finite(relative_error(loaded.output, half)),
-        error_ratio=_finite(error / max(relative_error(half, saved.full), 1e-30)),
-        error_ratio_float32=_finite(error / quantized) if case.layers and quantized else None,
+        rel_err=finite(relative_error(loaded.output, half)),
+        error_ratio=finite(error / max(relative_error(half, saved.full), 1e-30)),
+        error_ratio_float32=finite(error / quantized) if case.layers and quantized else None,
         layers_compared=built.layers_compared,
         xq_mismatches=built.xq_mismatches,
         acc_mismatches=built.acc_mismatches,
@@ -246,8 +245,3 @@ def _row(loaded: _Loaded, times: Sequence[float], builder: Builder, settings: Se
         build_seconds=built.seconds,
         cuda_graph=settings.cuda_graph,
     )
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no NaN: None says that something was not a number."""
-    return value if math.isfinite(value) else None

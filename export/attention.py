@@ -29,7 +29,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """softmax(query keyᵀ · scale + mask) value, each [batch, heads, tokens, features]; mask: float, or True to attend."""
+    """softmax(scale · query keyᵀ + mask) value, each [batch, heads, tokens, features]; mask: float, or True: attend."""
     from onnxscript import opset21 as op  # of the exporter's requirements
 
     if is_causal or enable_gqa or dropout_p or len(key.shape) != 4:

@@ -10,10 +10,10 @@ The rules, by operator:
 - whatever reads or writes a value that the low type cannot hold is float32, as a run of the full-precision
   model measured it.
 
-Residuals are of the low type by these rules, unless what was measured forbids it; modulation is float32 where it follows
-a normalisation. Measured on the shipped models in full precision (ONNX Runtime, a guided pass near the trajectory's end,
-2026-11-25) against float32: wan-shapes 1.3e-3, latte-shapes 1.3e-2 (3.1e-3 with float32 residuals); PyTorch's .half()
-6.6e-3 and 2.3e-2. Earlier in the trajectory all are several times smaller.
+Residuals are of the low type by these rules, unless what was measured forbids it; modulation is float32 where it
+follows a normalisation. Measured on the shipped models in full precision (ONNX Runtime, a guided pass near the end of a
+trajectory, 2026-11-25) against float32: wan-shapes 1.3e-3, latte-shapes 1.3e-2 (3.1e-3 with float32 residuals);
+PyTorch's .half() 6.6e-3 and 2.3e-2.
 """
 
 from __future__ import annotations

@@ -16,7 +16,6 @@ from typing import Any
 import onnx
 import torch
 
-from qvdit.export.attention import translations
 from qvdit.export.functions import DOMAIN, DOMAIN_VERSION, NODE, OPSET
 from qvdit.models import ModelAdapter
 
@@ -66,7 +65,6 @@ def trace(
             kwargs={**example, "return_dict": False},
             dynamo=True,
             opset_version=OPSET,
-            custom_translation_table=translations(),
             dynamic_shapes=shapes,
             input_names=list(adapter.inputs),
             output_names=[OUTPUT],

@@ -51,9 +51,11 @@ bool in_one_segment(const qvdit_gemm_args& args, int columns) {
 }
 
 #if defined(QVDIT_WITH_WGMMA)
-// What the epilogue of CUTLASS's visitors expresses.
-bool suits_rank1(const qvdit_gemm_args& args) {
-  return args.rank <= 1 && !args.weight_zero && args.y_dtype != QVDIT_S32;
+constexpr int kLowRank = 4;  // to 1 and to this Hopper has kernels of their own
+
+// What they express; those of 192 columns zero too.
+bool suits_low_rank(const qvdit_gemm_args& args) {
+  return args.rank <= kLowRank && !args.weight_zero && args.y_dtype != QVDIT_S32;
 }
 
 // How many tiles of 128 rows each multiprocessor computes at most.
@@ -76,7 +78,7 @@ int64_t waves(const qvdit_gemm_args& args, int columns) {
 //   32768  8960   1536   1292 / 1289     32768  3072   12288  1369 / 1287
 //   32768  5120   5120   1371 / 1311
 bool prefers_192(const qvdit_gemm_args& args) {
-  if (!suits_rank1(args) || !in_one_segment(args, 192)) return false;
+  if (!suits_low_rank(args) || !in_one_segment(args, 192)) return false;
   return waves(args, 192) * 7 <= waves(args, 128) * 5;
 }
 #endif
@@ -103,28 +105,36 @@ int32_t run_mma(const qvdit_gemm_args& args, bool wide, cudaStream_t stream) {
 
 #if defined(QVDIT_WITH_WGMMA)
 int32_t run_wgmma_128(const qvdit_gemm_args& args, cudaStream_t stream) {
-  const bool rank1 = suits_rank1(args) && !args.zero;
-  switch (args.y_dtype) {
-    case QVDIT_F16:
-      return rank1 ? qvdit::gemm_wgmma_rank1_128_f16(args, stream) : qvdit::gemm_wgmma_any_f16(args, stream);
-    case QVDIT_BF16:
-      return rank1 ? qvdit::gemm_wgmma_rank1_128_bf16(args, stream) : qvdit::gemm_wgmma_any_bf16(args, stream);
-    default:
-      return qvdit::gemm_wgmma_any_s32(args, stream);
+  const bool low_rank = suits_low_rank(args) && !args.zero;
+  if (args.y_dtype == QVDIT_S32) return qvdit::gemm_wgmma_any_s32(args, stream);
+  if (args.y_dtype == QVDIT_F16) {
+    if (!low_rank) return qvdit::gemm_wgmma_any_f16(args, stream);
+    return args.rank <= 1 ? qvdit::gemm_wgmma_rank1_128_f16(args, stream)
+                          : qvdit::gemm_wgmma_rank4_128_f16(args, stream);
   }
+  if (!low_rank) return qvdit::gemm_wgmma_any_bf16(args, stream);
+  return args.rank <= 1 ? qvdit::gemm_wgmma_rank1_128_bf16(args, stream)
+                        : qvdit::gemm_wgmma_rank4_128_bf16(args, stream);
 }
 
 int32_t run_wgmma_192(const qvdit_gemm_args& args, cudaStream_t stream) {
   QVDIT_REQUIRE(
-      suits_rank1(args),
-      "tiles of 192 columns are for 16-bit outputs, rank 0 or 1 and no weight_zero, not rank %lld and type %d",
-      static_cast<long long>(args.rank), args.y_dtype);
+      suits_low_rank(args),
+      "tiles of 192 columns are for 16-bit outputs, rank 0 to %d and no weight_zero, not rank %lld and type %d",
+      kLowRank, static_cast<long long>(args.rank), args.y_dtype);
+  const bool rank1 = args.rank <= 1;
   if (args.y_dtype == QVDIT_F16) {
-    return args.zero ? qvdit::gemm_wgmma_rank1_zero_192_f16(args, stream)
-                     : qvdit::gemm_wgmma_rank1_192_f16(args, stream);
+    if (args.zero) {
+      return rank1 ? qvdit::gemm_wgmma_rank1_zero_192_f16(args, stream)
+                   : qvdit::gemm_wgmma_rank4_zero_192_f16(args, stream);
+    }
+    return rank1 ? qvdit::gemm_wgmma_rank1_192_f16(args, stream) : qvdit::gemm_wgmma_rank4_192_f16(args, stream);
   }
-  return args.zero ? qvdit::gemm_wgmma_rank1_zero_192_bf16(args, stream)
-                   : qvdit::gemm_wgmma_rank1_192_bf16(args, stream);
+  if (args.zero) {
+    return rank1 ? qvdit::gemm_wgmma_rank1_zero_192_bf16(args, stream)
+                 : qvdit::gemm_wgmma_rank4_zero_192_bf16(args, stream);
+  }
+  return rank1 ? qvdit::gemm_wgmma_rank1_192_bf16(args, stream) : qvdit::gemm_wgmma_rank4_192_bf16(args, stream);
 }
 #endif
 

@@ -47,6 +47,57 @@ struct VisitorHost {
   }
 };
 
+// Where a thread's accumulators are, subtile by subtile.
+//
+// coordinates: (m, n) of them relative to the thread's first, static [.., EPI_M, EPI_N]. A subtile's are laid out as
+// wgmma does it: pairs beside each other in n, alternating between two rows 8 apart: (n, n + 1) of m, of m + 8, then
+// the next 8 columns.
+template <class Coordinates>
+struct WgmmaPlace {
+  static constexpr int kSize = decltype(cute::size(
+      std::declval<Coordinates>()(cute::_, cute::_, cute::_, cute::Int<0>{}, cute::Int<0>{})))::value;
+  static constexpr int kSubtilesM = decltype(cute::size<3>(std::declval<Coordinates>()))::value;
+  static constexpr int kPairs = kSize / 4;
+
+  Coordinates coordinates;
+  int thread_m, thread_n;  // of the thread's first, within the tile
+  int tile_m, tile_n;      // of the tile
+
+  // Within the tile: of a subtile's row h (0 or 1) and of the first column of its pair p.
+  CUTLASS_DEVICE int row(int epi_m, int h) const {
+    return thread_m + cute::get<0>(coordinates(cute::_, cute::_, cute::_, epi_m, 0)(2 * h));
+  }
+  CUTLASS_DEVICE int column(int epi_n, int p) const {
+    return thread_n + cute::get<1>(coordinates(cute::_, cute::_, cute::_, 0, epi_n)(4 * p));
+  }
+
+  static constexpr bool in_wgmma_order() { return in_wgmma_order(cute::make_seq<kSize>{}); }
+
+ private:
+  template <int... i>
+  static constexpr bool in_wgmma_order(cute::seq<i...>) {
+    return kSize % 4 == 0 && ((row_of<i> == i / 2 % 2 * 8 && column_of<i> == i / 4 * 8 + i % 2) && ...);
+  }
+  template <int i>
+  using Coordinate =
+      decltype(std::declval<Coordinates>()(cute::_, cute::_, cute::_, cute::Int<0>{}, cute::Int<0>{})(cute::Int<i>{}));
+  template <int i>
+  static constexpr int row_of = decltype(cute::get<0>(std::declval<Coordinate<i>>()))::value;
+  template <int i>
+  static constexpr int column_of = decltype(cute::get<1>(std::declval<Coordinate<i>>()))::value;
+};
+
+// That of a visitor's callbacks.
+template <class... Args>
+CUTLASS_DEVICE auto wgmma_place(cutlass::epilogue::fusion::ConsumerStoreArgs<Args...> const& args,
+                                qvdit_gemm_args const& gemm) {
+  // The residues are the matrix's end relative to the tile's and to the thread's first accumulator.
+  const int m = cute::get<0>(args.residue_cD), n = cute::get<1>(args.residue_cD);
+  return WgmmaPlace<decltype(args.tCcD)>{args.tCcD, m - static_cast<int>(cute::get<0>(args.residue_tCcD)),
+                                         n - static_cast<int>(cute::get<1>(args.residue_tCcD)),
+                                         static_cast<int>(gemm.m) - m, static_cast<int>(gemm.n) - n};
+}
+
 // Visitor: a tree of CUTLASS's that makes y as Out.
 template <typename Out, int kBlockN, class Visitor>
 struct WgmmaGemm {

@@ -1,5 +1,6 @@
 // Hopper's GEMM with every epilogue there is, as one visitor of this project's: any rank, every zero point, int32 out.
-// Where CUTLASS's own visitors express the layer (gemm_wgmma_rank1.cuh) they are 10-25 % faster.
+// What most layers need has kernels of its own (gemm_wgmma_rank1.cuh, gemm_wgmma_rank4.cuh): those of rank 0 and 1 are
+// 10-25 % faster.
 #pragma once
 
 #include <type_traits>
@@ -67,30 +68,15 @@ struct LowBitVisitor : VisitorHost<qvdit_gemm_args> {
     return cutlass::epilogue::fusion::EmptyProducerLoadCallbacks{};
   }
 
-  // coordinates: (m, n) of the thread's accumulators relative to its first, static [.., EPI_M, EPI_N]. A subtile's are
-  // laid out as wgmma does it: pairs beside each other in n, alternating between two rows 8 apart: (n, n + 1) of m, of
-  // m + 8, then the next 8 columns.
   template <class Coordinates>
   struct Callbacks : cutlass::epilogue::fusion::EmptyConsumerStoreCallbacks {
-    static constexpr int kSubtile = decltype(cute::size(
-        std::declval<Coordinates>()(cute::_, cute::_, cute::_, cute::Int<0>{}, cute::Int<0>{})))::value;
-    static constexpr int kSubtilesM = decltype(cute::size<3>(std::declval<Coordinates>()))::value;
-    static constexpr int kPairs = kSubtile / 4;
+    using Place = WgmmaPlace<Coordinates>;
+    static constexpr int kSubtilesM = Place::kSubtilesM, kPairs = Place::kPairs;
 
-    CUTLASS_DEVICE Callbacks(Coordinates coordinates, int first_m, int first_n, int tile_m, int tile_n, int thread,
-                             Params const* params, SharedStorage* shared)
-        : coordinates(coordinates),
-          first_m(first_m),
-          first_n(first_n),
-          tile_m(tile_m),
-          tile_n(tile_n),
-          thread(thread),
-          params(params),
-          shared(shared) {}
+    CUTLASS_DEVICE Callbacks(Place place, int thread, Params const* params, SharedStorage* shared)
+        : place(place), thread(thread), params(params), shared(shared) {}
 
-    Coordinates coordinates;
-    int first_m, first_n;  // of the thread's accumulators
-    int tile_m, tile_n;    // of the tile
+    Place place;
     int thread;
     Params const* params;
     SharedStorage* shared;
@@ -100,16 +86,8 @@ struct LowBitVisitor : VisitorHost<qvdit_gemm_args> {
     float2 weight_scale[kPairs], bias[kPairs], beta[kPairs];
     int2 weight_sum[kPairs];
 
-    CUTLASS_DEVICE void begin() { shared->fill(*params, tile_m, tile_n, thread, kThreads); }
+    CUTLASS_DEVICE void begin() { shared->fill(*params, place.tile_m, place.tile_n, thread, kThreads); }
     CUTLASS_DEVICE bool begin_sync_needed() const { return true; }
-
-    // Within the tile: of a subtile's row h (0 or 1) and of the first column of its pair p.
-    CUTLASS_DEVICE int row(int epi_m, int h) const {
-      return first_m - tile_m + cute::get<0>(coordinates(cute::_, cute::_, cute::_, epi_m, 0)(2 * h));
-    }
-    CUTLASS_DEVICE int column(int epi_n, int p) const {
-      return first_n - tile_n + cute::get<1>(coordinates(cute::_, cute::_, cute::_, 0, epi_n)(4 * p));
-    }
 
     // Subtiles come by columns: (0, 0), (1, 0), …, (0, 1), …
     CUTLASS_DEVICE void begin_loop(int epi_m, int epi_n) {
@@ -117,15 +95,15 @@ struct LowBitVisitor : VisitorHost<qvdit_gemm_args> {
       if (epi_n == 0) {
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          scale[epi_m][h] = shared->scale[row(epi_m, h)];
-          u[epi_m][h] = shared->u[0][row(epi_m, h)];
-          if (zeros) zero[epi_m][h] = shared->zero[row(epi_m, h)];
+          scale[epi_m][h] = shared->scale[place.row(epi_m, h)];
+          u[epi_m][h] = shared->u[0][place.row(epi_m, h)];
+          if (zeros) zero[epi_m][h] = shared->zero[place.row(epi_m, h)];
         }
       }
       if (epi_m == 0) {
 #pragma unroll
         for (int p = 0; p < kPairs; ++p) {
-          const int n = column(epi_n, p);
+          const int n = place.column(epi_n, p);
           weight_scale[p] = *reinterpret_cast<const float2*>(shared->weight_scale + n);
           bias[p] = *reinterpret_cast<const float2*>(shared->bias + n);
           beta[p] = *reinterpret_cast<const float2*>(shared->beta[0] + n);
@@ -137,7 +115,7 @@ struct LowBitVisitor : VisitorHost<qvdit_gemm_args> {
     template <int kSize>
     CUTLASS_DEVICE cutlass::Array<Out, kSize> visit(cutlass::Array<int32_t, kSize> const& acc, int epi_v, int epi_m,
                                                     int epi_n) {
-      static_assert(kSize % 4 == 0 && in_wgmma_order(cute::make_seq<kSubtile>{}), "another order of accumulators");
+      static_assert(kSize % 4 == 0 && Place::in_wgmma_order(), "another order of accumulators");
       const int first_pair = epi_v * kSize / 4;
       cutlass::Array<int32_t, kSize> sums = acc;
       if (params->zero) {
@@ -173,18 +151,20 @@ struct LowBitVisitor : VisitorHost<qvdit_gemm_args> {
         if (r >= staged) break;
 #pragma unroll
         for (int i = 0; i < kSize; i += 2) {
-          const float2 pair = *reinterpret_cast<const float2*>(shared->beta[r] + column(epi_n, first_pair + i / 4));
-          const float factor = shared->u[r][row(epi_m, i / 2 % 2)];
+          const float2 pair =
+              *reinterpret_cast<const float2*>(shared->beta[r] + place.column(epi_n, first_pair + i / 4));
+          const float factor = shared->u[r][place.row(epi_m, i / 2 % 2)];
           y[i] += factor * pair.x, y[i + 1] += factor * pair.y;
         }
       }
 #pragma unroll 1
       for (int r = kStagedRanks; r < ranks; ++r) {
-        const float* row_u = params->u + first_u(*params, tile_n) + r * params->m;
+        const float* row_u = params->u + first_u(*params, place.tile_n) + r * params->m;
         const float* column_beta = params->beta + r * params->n;
 #pragma unroll
         for (int i = 0; i < kSize; ++i) {
-          const int64_t m = tile_m + row(epi_m, i / 2 % 2), n = tile_n + column(epi_n, first_pair + i / 4) + i % 2;
+          const int64_t m = place.tile_m + place.row(epi_m, i / 2 % 2),
+                        n = place.tile_n + place.column(epi_n, first_pair + i / 4) + i % 2;
           if (m < params->m && n < params->n) y[i] += __ldg(row_u + m) * __ldg(column_beta + n);
         }
       }
@@ -195,33 +175,16 @@ struct LowBitVisitor : VisitorHost<qvdit_gemm_args> {
                                             int epi_n) const {
 #pragma unroll
       for (int i = 0; i < kSize; ++i) {
-        const int64_t m = tile_m + row(epi_m, i / 2 % 2), n = tile_n + column(epi_n, first_pair + i / 4) + i % 2;
+        const int64_t m = place.tile_m + place.row(epi_m, i / 2 % 2),
+                      n = place.tile_n + place.column(epi_n, first_pair + i / 4) + i % 2;
         if (m < params->m && n < params->n) sums[i] -= __ldg(params->row_sum + m) * __ldg(params->weight_zero + n);
       }
     }
-
-    template <int... i>
-    static constexpr bool in_wgmma_order(cute::seq<i...>) {
-      return ((row_of<i> == i / 2 % 2 * 8 && column_of<i> == i / 4 * 8 + i % 2) && ...);
-    }
-    template <int i>
-    using Coordinate = decltype(std::declval<Coordinates>()(cute::_, cute::_, cute::_, cute::Int<0>{},
-                                                            cute::Int<0>{})(cute::Int<i>{}));
-    template <int i>
-    static constexpr int row_of = decltype(cute::get<0>(std::declval<Coordinate<i>>()))::value;
-    template <int i>
-    static constexpr int column_of = decltype(cute::get<1>(std::declval<Coordinate<i>>()))::value;
   };
 
   template <bool kReferenceSource, class... Args>
   CUTLASS_DEVICE auto get_consumer_store_callbacks(cutlass::epilogue::fusion::ConsumerStoreArgs<Args...> const& args) {
-    // The residue is the matrix's end relative to the thread's first accumulator.
-    const int first_m = static_cast<int>(params_->m) - cute::get<0>(args.residue_tCcD);
-    const int first_n = static_cast<int>(params_->n) - cute::get<1>(args.residue_tCcD);
-    const int tile_m = static_cast<int>(params_->m) - cute::get<0>(args.residue_cD);
-    const int tile_n = static_cast<int>(params_->n) - cute::get<1>(args.residue_cD);
-    return Callbacks<decltype(args.tCcD)>(args.tCcD, first_m, first_n, tile_m, tile_n, args.thread_idx, params_,
-                                          shared_);
+    return Callbacks<decltype(args.tCcD)>(wgmma_place(args, *params_), args.thread_idx, params_, shared_);
   }
 
   Params const* params_;

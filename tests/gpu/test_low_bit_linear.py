@@ -14,6 +14,7 @@ from qvdit.runtimes.cuda import STORED_ZERO, Tile
 
 EPS = float(np.finfo(np.float32).eps)
 MMA = [Tile.MMA_128X128, Tile.MMA_128X256]
+LOW_RANK = 4  # the highest that Hopper has tiles of 192 columns for
 COLUMNS = {Tile.MMA_128X256: 256, Tile.WGMMA_128X192: 192}  # of a tile; of the others 128
 # M, N, K: one of each, odd, a tile and one more, several tiles, K not a multiple of a slice
 SIZES = [(1, 1, 1), (7, 5, 33), (129, 127, 100), (128, 128, 128), (129, 264, 1000), (300, 520, 2080), (1, 1152, 1152)]
@@ -24,7 +25,7 @@ def tiles(n: int, size: int, rank: int = 0, apart: bool = False) -> list[Tile]:
     found = [*MMA]
     if torch.cuda.get_device_capability()[0] == 9 and n * size % 16 == 0:
         found.append(Tile.WGMMA_128X128)
-        if size == 2 and rank <= 1 and not apart:
+        if size == 2 and rank <= LOW_RANK and not apart:
             found.append(Tile.WGMMA_128X192)
     return found
 
@@ -171,7 +172,7 @@ def test_largest_accumulators(tile):
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("rank", [0, 1, 4, 32])
+@pytest.mark.parametrize("rank", [0, 1, 2, 3, 4, 5, 32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("parts", [(), ("zero", "bias"), ("zero", "bias", "smooth", "gain")])
@@ -217,10 +218,11 @@ def test_integers_come_through_outputs_of_16_bits(m, n, k, symmetric):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_nan_rows(dtype, symmetric):
-    layer = random_layer(264, 1000, 4, symmetric, ("zero", "bias"), 1)
+@pytest.mark.parametrize("rank", [1, 3])
+def test_nan_rows(dtype, symmetric, rank):
+    layer = random_layer(264, 1000, 4, symmetric, ("zero", "bias"), rank)
     x = torch.randn(140, 1000, generator=torch.Generator().manual_seed(0)).to(dtype).cuda()
-    clean = {tile: run(layer, x, tile=tile) for tile in tiles(264, 2, 1)}
+    clean = {tile: run(layer, x, tile=tile) for tile in tiles(264, 2, rank)}
     x[3, 5], x[139, 999] = torch.nan, torch.inf
     others = torch.ones(140, dtype=torch.bool)
     others[[3, 139]] = False
@@ -247,11 +249,12 @@ def test_asymmetric_integers_are_stored_less_128():
 
 
 @pytest.mark.unguarded
-def test_more_than_two_billion_outputs():
+@pytest.mark.parametrize("rank", [1, 4])
+def test_more_than_two_billion_outputs(rank):
     m, n, k = 120_000, 18_432, 64
-    layer = random_layer(n, k, 4, True, ("bias",), 1)
+    layer = random_layer(n, k, 4, True, ("bias",), rank)
     x = torch.empty(m, k, dtype=torch.bfloat16, device="cuda").normal_()
-    for tile in tiles(n, 2, 1):
+    for tile in tiles(n, 2, rank):
         y = run(layer, x, tile=tile)
         for part in (slice(0, 2), slice(116_507, 116_511), slice(m - 2, m)):  # about and past 2^31
             _, reference, terms = expected(layer, x[part])
@@ -312,17 +315,17 @@ def test_refusals():
         linear(packed(layer), 8, 64, scale, None, tile=Tile.WGMMA_128X128)
 
 
-@pytest.mark.parametrize(("bits", "symmetric", "rank"), [(4, True, 2), (8, False, 1)])
+@pytest.mark.parametrize(("bits", "symmetric", "rank"), [(4, True, 5), (8, False, 1)])
 def test_tiles_of_192_columns_refuse_what_they_cannot_express(bits, symmetric, rank):
     layer = random_layer(128, 64, bits, symmetric, ("zero",) if bits == 8 else (), rank)
     x = torch.randn(4, 64, device="cuda").half()
-    with pytest.raises(QvditError, match=r"rank 0 or 1 and no weight_zero|Hopper only|without the wgmma"):
+    with pytest.raises(QvditError, match=r"rank 0 to 4 and no weight_zero|Hopper only|without the wgmma"):
         run(layer, x, tile=Tile.WGMMA_128X192)
-    with pytest.raises(QvditError, match=r"rank 0 or 1|Hopper only|without the wgmma"):
+    with pytest.raises(QvditError, match=r"rank 0 to 4|Hopper only|without the wgmma"):
         run(random_layer(128, 64, 4, True, (), 0), x, tile=Tile.WGMMA_128X192, out_dtype=torch.int32)
 
 
-@pytest.mark.parametrize("rank", [0, 1, 4, 10])
+@pytest.mark.parametrize("rank", [0, 1, 2, 3, 4, 10])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("m", "segment"), [(1, 128), (129, 256), (300, 384), (12_001, 384)])
 def test_linears_below_each_other(m, segment, rank, symmetric):

@@ -5,7 +5,11 @@
 // two tiles beside each other in M share their slice of the weights by multicast. Persistent grid, one block a
 // multiprocessor. Cooperative warpgroups, tiles of 256 rows or columns, other clusters and rasters all lost, on an H100
 // at every shape of `qvdit bench kernels` (2026-11-25).
+//
+// It starts early, as dependent_launch.cuh has it: the warp that loads waits, the others for what that one loads.
 #pragma once
+
+#define CUTLASS_ENABLE_GDC_FOR_SM90  // the waiting
 
 #include "cute/tensor.hpp"
 #include "cutlass/cutlass.h"
@@ -139,7 +143,8 @@ struct WgmmaGemm {
     }
     Gemm gemm;
     cutlass::Status status = gemm.initialize(arguments, nullptr, stream);
-    if (status == cutlass::Status::kSuccess) status = gemm.run(stream);
+    constexpr bool kStartsEarly = true;
+    if (status == cutlass::Status::kSuccess) status = gemm.run(stream, nullptr, kStartsEarly);
     if (status != cutlass::Status::kSuccess) {
       const cudaError_t error = cudaGetLastError();
       return fail(QVDIT_CUDA, "gemm_wgmma: %s (%s)", cutlass::cutlassGetStatusString(status),

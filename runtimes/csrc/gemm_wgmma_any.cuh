@@ -32,20 +32,20 @@ struct EpilogueFactors {
     for (int i = thread; i < kBlockN; i += threads) {
       const int64_t n = first_n + i;
       const bool there = n < args.n;
-      if (args.weight_scale) weight_scale[i] = there ? __ldg(args.weight_scale + n) : 0.f;
-      bias[i] = there && args.bias ? __ldg(args.bias + n) : 0.f;
-      beta[0][i] = there && ranks > 0 ? __ldg(args.beta + n) : 0.f;
-      for (int r = 1; r < ranks; ++r) beta[r][i] = there ? __ldg(args.beta + r * args.n + n) : 0.f;
-      if (args.zero) weight_sum[i] = there ? __ldg(args.weight_sum + n) : 0;
+      if (args.weight_scale) weight_scale[i] = there ? args.weight_scale[n] : 0.f;
+      bias[i] = there && args.bias ? args.bias[n] : 0.f;
+      beta[0][i] = there && ranks > 0 ? args.beta[n] : 0.f;
+      for (int r = 1; r < ranks; ++r) beta[r][i] = there ? args.beta[r * args.n + n] : 0.f;
+      if (args.zero) weight_sum[i] = there ? args.weight_sum[n] : 0;
     }
     const float* segment_u = args.u + first_u(args, first_n);
     for (int i = thread; i < kBlockM; i += threads) {
       const int64_t m = first_m + i;
       const bool there = m < args.m;
-      if (args.scale) scale[i] = there ? __ldg(args.scale + m) : 0.f;
-      u[0][i] = there && ranks > 0 ? __ldg(segment_u + m) : 0.f;
-      for (int r = 1; r < ranks; ++r) u[r][i] = there ? __ldg(segment_u + r * args.m + m) : 0.f;
-      if (args.zero) zero[i] = there ? __ldg(args.zero + m) : 0;
+      if (args.scale) scale[i] = there ? args.scale[m] : 0.f;
+      u[0][i] = there && ranks > 0 ? segment_u[m] : 0.f;
+      for (int r = 1; r < ranks; ++r) u[r][i] = there ? segment_u[r * args.m + m] : 0.f;
+      if (args.zero) zero[i] = there ? args.zero[m] : 0;
     }
   }
 };
@@ -165,7 +165,7 @@ struct LowBitVisitor : VisitorHost<qvdit_gemm_args> {
         for (int i = 0; i < kSize; ++i) {
           const int64_t m = place.tile_m + place.row(epi_m, i / 2 % 2),
                         n = place.tile_n + place.column(epi_n, first_pair + i / 4) + i % 2;
-          if (m < params->m && n < params->n) y[i] += __ldg(row_u + m) * __ldg(column_beta + n);
+          if (m < params->m && n < params->n) y[i] += row_u[m] * column_beta[n];
         }
       }
     }
@@ -177,7 +177,7 @@ struct LowBitVisitor : VisitorHost<qvdit_gemm_args> {
       for (int i = 0; i < kSize; ++i) {
         const int64_t m = place.tile_m + place.row(epi_m, i / 2 % 2),
                       n = place.tile_n + place.column(epi_n, first_pair + i / 4) + i % 2;
-        if (m < params->m && n < params->n) sums[i] -= __ldg(params->row_sum + m) * __ldg(params->weight_zero + n);
+        if (m < params->m && n < params->n) sums[i] -= params->row_sum[m] * params->weight_zero[n];
       }
     }
   };

@@ -10,6 +10,7 @@
 //   grid: as many blocks as run at once, each goes on to further rows; a block is 32 W threads x groups of kRows rows.
 #pragma once
 
+#include "dependent_launch.cuh"
 #include "quantize_rows.cuh"
 
 namespace qvdit {
@@ -73,6 +74,7 @@ constexpr int registers_for(int vectors, int ranks) {
 template <typename In, int kVectors, int kRows, bool kSymmetric, int kRanks>
 __global__ void __maxnreg__(registers_for(kVectors, kRanks))
     quantize_halves_kernel(const __grid_constant__ QuantizeParams params) {
+  let_next_kernel_start();
   using Two = typename Halves<In>::Two;
   constexpr int kSides = kSymmetric ? 1 : 2;
   extern __shared__ uint4 shared[];

@@ -15,6 +15,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include "dependent_launch.cuh"
 #include "error.h"
 #include "round_quotient.h"
 
@@ -470,6 +471,7 @@ __device__ __forceinline__ void quantize_row(Values& values, RowThreads threads,
 template <typename In, typename Prologue, int kVectors, bool kVectorized, bool kSymmetric>
 __global__ void __launch_bounds__(32 * max_warps(kVectors), 1)
     quantize_rows_kernel(const __grid_constant__ QuantizeParams params) {
+  let_next_kernel_start();
   extern __shared__ uint4 staging[];
   __shared__ float partial[4][kMaxWarps];
   __shared__ float partial_u[kMaxWarps][kMaxRank];

@@ -285,6 +285,47 @@ def test_under_compile_and_in_a_cuda_graph():
 
 
 @pytest.mark.unguarded
+@pytest.mark.parametrize("m", [1, 512])
+@pytest.mark.parametrize("rank", [1, 4, 10])
+def test_kernels_that_start_early_wait(m, rank):
+    """What each reads was written just before, where it writes was read just before; as with pauses between them."""
+    width = 1152
+    layers = [random_layer(width, width, 4, False, ("zero", "bias"), rank, seed) for seed in range(2)]
+    stored = [
+        (
+            packed(layer),
+            on_gpu(layer.weight_scale),
+            on_gpu(layer.weight_zero),
+            on_gpu(layer.beta / width),
+            on_gpu(layer.bias),
+        )
+        for layer in layers
+    ]
+    alphas = [on_gpu(layer.alpha.T) for layer in layers]
+    x = torch.randn(m, width, generator=torch.Generator().manual_seed(m)).bfloat16().cuda()
+
+    def chain(pause: bool) -> torch.Tensor:
+        y = x
+        for step in range(40):
+            words, scale, *rest = stored[step % 2]
+            rows = torch.ops.qvdit.quantize_rows(y.tanh(), 8, False, alpha=alphas[step % 2])  # its input is free again
+            if pause:
+                torch.cuda.synchronize()
+            if step % 3 == 0:
+                words = words.clone()
+            y = torch.ops.qvdit.low_bit_linear(*rows, words, 4, width, scale, *rest, torch.bfloat16)
+            if pause:
+                torch.cuda.synchronize()
+        return y
+
+    expected_y = chain(True)
+    assert expected_y.isfinite().all()
+    assert expected_y.float().std() > 0
+    for _ in range(20):
+        assert torch.equal(chain(False), expected_y)
+
+
+@pytest.mark.unguarded
 def test_operators_keep_pytorchs_rules():
     x = torch.randn(4, 64, device="cuda", dtype=torch.float16)
     torch.library.opcheck(torch.ops.qvdit.quantize_rows, (x, 8, False))

@@ -1,7 +1,6 @@
-// Hopper's GEMM of rank 2 to 4, its epilogue one visitor of this project's:
+// Hopper's GEMM of rank 0 to kRanks, its epilogue one visitor of this project's:
 //
-//   y = Σ_r u_r · beta_r + (bias + scale · (weight_scale · acc))    float32; u of the column's segment; null counts as
-//   0
+//   y = Σ_r u_r · beta_r + (bias + scale · (weight_scale · acc))    float32; u of the column's segment; null: 0
 //
 // and with kZero, acc = Σ_k x_q weight - zero weight_sum before it, in int32.
 //
@@ -162,9 +161,9 @@ struct RanksVisitor : VisitorHost<qvdit_gemm_args> {
   SharedStorage* shared_;
 };
 
-template <typename Out, int kBlockN, bool kZero>
-int32_t launch_wgmma_rank4(const qvdit_gemm_args& args, cudaStream_t stream) {
-  using Visitor = cutlass::epilogue::fusion::Sm90EVT<RanksVisitor<Out, 128, kBlockN, 128, 4, kZero>>;
+template <typename Out, int kBlockN, int kRanks, bool kZero>
+int32_t launch_wgmma_low_rank(const qvdit_gemm_args& args, cudaStream_t stream) {
+  using Visitor = cutlass::epilogue::fusion::Sm90EVT<RanksVisitor<Out, 128, kBlockN, 128, kRanks, kZero>>;
   return WgmmaGemm<Out, kBlockN, Visitor>::run(args, {args}, stream);
 }
 

@@ -1,5 +1,7 @@
 // qvdit_quantize_rows: checks the arguments and chooses the kernel.
-#include "quantize_rows.cuh"
+#include <algorithm>
+
+#include "quantize_halves.cuh"
 
 namespace {
 
@@ -49,6 +51,32 @@ int dynamic_shared_limit(const void* kernel) {
     return 0;
   }
   return most - static_cast<int>(declared.sharedSizeBytes);
+}
+
+int groups_sharing_alpha(const void* kernel, int warps, int most_groups, int staging, int alpha) {
+  constexpr int kFewestWarps = 10;
+  constexpr int kReserved = 1 << 10;  // bytes a block, by CUDA
+  int device = 0, all_shared = 0, all_registers = 0;
+  cudaFuncAttributes declared = {};
+  const bool known =
+      cudaGetDevice(&device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&all_shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&all_registers, cudaDevAttrMaxRegistersPerMultiprocessor, device) == cudaSuccess &&
+      cudaFuncGetAttributes(&declared, kernel) == cudaSuccess;
+  if (!known) {
+    cudaGetLastError();  // resident_blocks meets it again
+    return 0;
+  }
+  const int limit = dynamic_shared_limit(kernel), all_warps = all_registers / (32 * declared.numRegs);
+  int best = 0, most_warps = kFewestWarps - 1;
+  for (int groups = 1; groups <= most_groups && groups * warps <= kMaxWarps; ++groups) {
+    const int shared = groups * staging + alpha;
+    if (shared > limit) break;
+    const int blocks = std::min(all_warps / (groups * warps),
+                                all_shared / (shared + static_cast<int>(declared.sharedSizeBytes) + kReserved));
+    if (blocks * groups * warps > most_warps) best = groups, most_warps = blocks * groups * warps;
+  }
+  return best;
 }
 
 int32_t resident_blocks(const void* kernel, int threads, int shared, int most_shared, int& blocks) {

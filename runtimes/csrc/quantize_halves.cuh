@@ -10,6 +10,8 @@
 //   grid: as many blocks as run at once, each goes on to further rows; a block is 32 W threads x groups of kRows rows.
 #pragma once
 
+#include <algorithm>
+
 #include "dependent_launch.cuh"
 #include "quantize_rows.cuh"
 
@@ -54,6 +56,22 @@ __device__ __forceinline__ void keep_out_of_loop(uint4 (&words)[kRows][kVectors]
   }
 }
 
+// sum + Σ q factor. kInTurn: one after the other, so that kernels that read alpha from elsewhere give the same bits; of
+// one rank there is one kernel, and its compiler's own order takes fewer registers.
+template <bool kInTurn>
+__device__ __forceinline__ float plus_products(float sum, const float* q, float4 factor) {
+  if constexpr (!kInTurn) return sum + (q[0] * factor.x + q[1] * factor.y + q[2] * factor.z + q[3] * factor.w);
+  sum = __fmaf_rn(q[0], factor.x, sum);
+  sum = __fmaf_rn(q[1], factor.y, sum);
+  sum = __fmaf_rn(q[2], factor.z, sum);
+  return __fmaf_rn(q[3], factor.w, sum);
+}
+
+// The groups of rows a block should have, so that with one alpha in shared memory for all of them as many warps as
+// possible run on a multiprocessor at once; 0: too few would. warps, staging: of a group. At K = 8960 and rank 4 one
+// group a block leaves room for 7 warps of 16, two for 14; read from L2, alpha would be most of what is read.
+int groups_sharing_alpha(const void* kernel, int warps, int most_groups, int staging, int alpha);
+
 // kRanks: 0, 1, or how many of more are summed at once.
 constexpr int rows_at_once(int ranks) { return ranks > 1 ? 2 : 1; }
 
@@ -71,7 +89,8 @@ constexpr int registers_for(int vectors, int ranks) {
   return ranks == 1 && vectors == 5 ? 80 : 72;
 }
 
-template <typename In, int kVectors, int kRows, bool kSymmetric, int kRanks>
+// kAlphaShared: known when compiled, since a branch before each of a row's loads would keep them from overlapping.
+template <typename In, int kVectors, int kRows, bool kSymmetric, int kRanks, bool kAlphaShared>
 __global__ void __maxnreg__(registers_for(kVectors, kRanks))
     quantize_halves_kernel(const __grid_constant__ QuantizeParams params) {
   let_next_kernel_start();
@@ -90,9 +109,8 @@ __global__ void __maxnreg__(registers_for(kVectors, kRanks))
 
   // [warp of the row][rank][vector][half of it][lane]
   float4* const alpha = reinterpret_cast<float4*>(shared) + warp * rank * (2 * 32 * kVectors) + lane;
-  const bool alpha_shared = kRanks == 1 || (kRanks > 1 && params.alpha_shared);
   const float* const own_alpha = args.alpha + first_k;  // in device memory
-  if (alpha_shared) {
+  if constexpr (kAlphaShared) {
     for (int r = threadIdx.y; r < rank; r += blockDim.y) {
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {
@@ -107,14 +125,14 @@ __global__ void __maxnreg__(registers_for(kVectors, kRanks))
     __syncthreads();
   }
   const auto alpha_at = [&](int r, int v, int half) {
-    if (alpha_shared) return alpha[(r * kVectors + v) * 64 + half * 32];
+    if constexpr (kAlphaShared) return alpha[(r * kVectors + v) * 64 + half * 32];
     const float* from = own_alpha + static_cast<int64_t>(r) * features + v * 32 * kVector + 4 * half;
     return k(v) < features ? __ldg(reinterpret_cast<const float4*>(from)) : make_float4(0.f, 0.f, 0.f, 0.f);
   };
 
   // The next rows on their way to shared memory: a thread's own vectors, which it alone reads back.
   // [warp of the block][row][vector][lane]
-  uint4* const own = shared + (alpha_shared ? rank * kVectors * 2 * row_threads : 0) +
+  uint4* const own = shared + (kAlphaShared ? rank * kVectors * 2 * row_threads : 0) +
                      (first_warp + warp) * (kRows * kVectors * 32) + lane;
   const uint32_t staging = static_cast<uint32_t>(__cvta_generic_to_shared(own));
   const uint32_t rows = static_cast<uint32_t>(args.m), step = gridDim.x * blockDim.y * kRows;
@@ -291,15 +309,14 @@ __global__ void __maxnreg__(registers_for(kVectors, kRanks))
           }
 #pragma unroll
           for (int r = 0; r < kRanks; ++r) {
-            if (kRanks > 1 && first_rank + r >= rank) break;
+            const int of = min(first_rank + r, rank - 1);  // past the last one's end nobody asks for the sum
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-              const float4 factor = alpha_at(first_rank + r, v, half);
+              const float4 factor = alpha_at(of, v, half);
 #pragma unroll
               for (int i = 0; i < kRows; ++i) {
                 const float(&q)[kVector] = centred[i];
-                dot[i][r] += q[4 * half] * factor.x + q[4 * half + 1] * factor.y + q[4 * half + 2] * factor.z +
-                             q[4 * half + 3] * factor.w;
+                dot[i][r] = plus_products<(kRanks > 1)>(dot[i][r], q + 4 * half, factor);
               }
             }
           }
@@ -333,29 +350,20 @@ __global__ void __maxnreg__(registers_for(kVectors, kRanks))
   if (block_first < rows) finish(last_first, last_scale, last_zero, parity ^ 1);
 }
 
-template <typename In, int kVectors, bool kSymmetric, int kRanks>
-int32_t launch_halves(QuantizeParams& params, cudaStream_t stream) {
+// Bytes of shared memory that a group of rows needs for the next ones.
+inline int group_staging(int warps, int vectors, int rows) { return 32 * warps * rows * vectors * 16; }
+
+template <typename In, int kVectors, bool kSymmetric, int kRanks, bool kAlphaShared>
+int32_t launch_halves(const QuantizeParams& params, int warps, int groups, cudaStream_t stream) {
   constexpr int kRows = rows_at_once(kRanks);
-  constexpr int kWarpsWanted = 4;             // a block
-  constexpr int kMostAlpha = 96 << 10;        // bytes of shared memory for alpha: two blocks fit
-  constexpr int64_t kBlocksWanted = 2 * 132;  // as many rows a block as leave these
-  const auto kernel = quantize_halves_kernel<In, kVectors, kRows, kSymmetric, kRanks>;
-  const int slots = 32 * kVectors * kVector;
-  const int warps = static_cast<int>((params.k_pad + slots - 1) / slots);
-  int groups = warps < kWarpsWanted ? kWarpsWanted / warps : 1;
-  while (groups > 1 && params.args.m < groups * kRows * kBlocksWanted) groups /= 2;
-  const int threads = 32 * warps * groups;
-  const int staging = threads * kRows * kVectors * 16;
-  const int alpha = static_cast<int>(params.args.rank) * kVectors * 2 * 32 * warps * 16;
+  const auto kernel = quantize_halves_kernel<In, kVectors, kRows, kSymmetric, kRanks, kAlphaShared>;
+  const int alpha = kAlphaShared ? static_cast<int>(params.args.rank) * kVectors * 2 * 32 * warps * 16 : 0;
+  const int shared = groups * group_staging(warps, kVectors, kRows) + alpha;
   const int limit = dynamic_shared_limit(reinterpret_cast<const void*>(kernel));
-  // That of one rank always is: with the staging at most 96 KB, which every device has.
-  params.alpha_shared = kRanks == 1 || (kRanks > 1 && alpha <= kMostAlpha && staging + alpha <= limit);
-  const int shared = staging + (params.alpha_shared ? alpha : 0);
-  constexpr int kMostShared = 32 * kMaxWarps * kRows * kVectors * 16 + kMostAlpha;
-  const int most_shared = kMostShared < limit ? kMostShared : limit;
+  const int most_shared = kAlphaShared ? limit : std::min(group_staging(kMaxWarps, kVectors, kRows), limit);
   int resident = 0;
   if (const int32_t status =
-          resident_blocks(reinterpret_cast<const void*>(kernel), threads, shared, most_shared, resident)) {
+          resident_blocks(reinterpret_cast<const void*>(kernel), 32 * warps * groups, shared, most_shared, resident)) {
     return status;
   }
   const int64_t blocks = (params.args.m + groups * kRows - 1) / (groups * kRows);
@@ -365,14 +373,28 @@ int32_t launch_halves(QuantizeParams& params, cudaStream_t stream) {
 }
 
 template <typename In, int kVectors, bool kSymmetric>
-int32_t launch_halves(QuantizeParams& params, cudaStream_t stream) {
-  if (params.args.rank == 0) return launch_halves<In, kVectors, kSymmetric, 0>(params, stream);
-  if (params.args.rank == 1) return launch_halves<In, kVectors, kSymmetric, 1>(params, stream);
-  return launch_halves<In, kVectors, kSymmetric, 4>(params, stream);
+int32_t launch_halves(const QuantizeParams& params, cudaStream_t stream) {
+  constexpr int kWarpsWanted = 4;             // a block
+  constexpr int64_t kBlocksWanted = 2 * 132;  // as many rows a block as leave these
+  const int64_t rank = params.args.rank;
+  const int slots = 32 * kVectors * kVector, rows = rows_at_once(static_cast<int>(rank));
+  const int warps = static_cast<int>((params.k_pad + slots - 1) / slots);
+  const int most_groups = static_cast<int>(std::clamp<int64_t>(params.args.m / (rows * kBlocksWanted), 1, kMaxWarps));
+  int groups = std::max(kWarpsWanted / warps, 1);
+  while (groups > most_groups) groups /= 2;
+  if (rank == 0) return launch_halves<In, kVectors, kSymmetric, 0, false>(params, warps, groups, stream);
+  // alpha of one rank and the staging: at most 96 KB, which every device has
+  if (rank == 1) return launch_halves<In, kVectors, kSymmetric, 1, true>(params, warps, groups, stream);
+  const auto sharing = quantize_halves_kernel<In, kVectors, rows_at_once(4), kSymmetric, 4, true>;
+  const int alpha = static_cast<int>(rank) * kVectors * 2 * 32 * warps * 16;
+  const int groups_sharing = groups_sharing_alpha(reinterpret_cast<const void*>(sharing), warps, most_groups,
+                                                  group_staging(warps, kVectors, rows), alpha);
+  if (groups_sharing == 0) return launch_halves<In, kVectors, kSymmetric, 4, false>(params, warps, groups, stream);
+  return launch_halves<In, kVectors, kSymmetric, 4, true>(params, warps, groups_sharing, stream);
 }
 
 template <typename In>
-int32_t launch_halves(QuantizeParams params, cudaStream_t stream) {
+int32_t launch_halves(const QuantizeParams& params, cudaStream_t stream) {
   switch (vectors_per_thread(params.k_pad)) {
     case 3:
       return params.args.symmetric ? launch_halves<In, 3, true>(params, stream)

@@ -55,9 +55,8 @@ struct Divisor {
 struct QuantizeParams {
   qvdit_quantize_args args;
   int64_t k_pad;
-  float levels;               // what the range is divided by: 127 or 31; asymmetric 255 or 63
-  bool vectorized;            // every array may be read 16 bytes at a time, and K is a multiple of 8
-  bool alpha_shared = false;  // it is kept in shared memory
+  float levels;     // what the range is divided by: 127 or 31; asymmetric 255 or 63
+  bool vectorized;  // every array may be read 16 bytes at a time, and K is a multiple of 8
   Divisor tokens, frames;
 };
 

@@ -144,9 +144,9 @@ def test_low_rank_input_side(symmetric, rank, k, frames):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("rank", [0, 1, 3, 32])
-@pytest.mark.parametrize("k", [40, 1152, 5120])
+@pytest.mark.parametrize("k", [40, 1152, 5120, 8960])
 def test_rows_do_not_depend_on_how_many_there_are(dtype, symmetric, rank, k):
-    """Many rows, of which each block has several after one another: what they give a few at a time."""
+    """Many rows, of which each block has several after and beside one another: what they give a few at a time."""
     generator = torch.Generator("cuda").manual_seed(7)
     x = torch.randn(20_001, k, generator=generator, device="cuda").to(dtype)
     x[::1000, k // 2] = torch.nan

@@ -110,20 +110,6 @@ __global__ void __maxnreg__(registers_for(kVectors, kRanks))
   // [warp of the row][rank][vector][half of it][lane]
   float4* const alpha = reinterpret_cast<float4*>(shared) + warp * rank * (2 * 32 * kVectors) + lane;
   const float* const own_alpha = args.alpha + first_k;  // in device memory
-  if constexpr (kAlphaShared) {
-    for (int r = threadIdx.y; r < rank; r += blockDim.y) {
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float* from = own_alpha + static_cast<int64_t>(r) * features + v * 32 * kVector + 4 * half;
-          alpha[(r * kVectors + v) * 64 + half * 32] =
-              k(v) < features ? __ldg(reinterpret_cast<const float4*>(from)) : make_float4(0.f, 0.f, 0.f, 0.f);
-        }
-      }
-    }
-    __syncthreads();
-  }
   const auto alpha_at = [&](int r, int v, int half) {
     if constexpr (kAlphaShared) return alpha[(r * kVectors + v) * 64 + half * 32];
     const float* from = own_alpha + static_cast<int64_t>(r) * features + v * 32 * kVector + 4 * half;
@@ -190,6 +176,20 @@ __global__ void __maxnreg__(registers_for(kVectors, kRanks))
   float last_scale[kRows], last_zero[kRows];
   int parity = 0;
   fetch(first);
+  if constexpr (kAlphaShared) {
+    for (int r = threadIdx.y; r < rank; r += blockDim.y) {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float* from = own_alpha + static_cast<int64_t>(r) * features + v * 32 * kVector + 4 * half;
+          alpha[(r * kVectors + v) * 64 + half * 32] =
+              k(v) < features ? __ldg(reinterpret_cast<const float4*>(from)) : make_float4(0.f, 0.f, 0.f, 0.f);
+        }
+      }
+    }
+    __syncthreads();
+  }
 #pragma unroll 1
   for (uint32_t at = block_first; at < rows; at += step, first += step) {
     uint4 words[kRows][kVectors];

@@ -6,9 +6,10 @@
 //   unpack_weight   is launched early, brings its words to L2, waits; lets the next start at once
 //   gemm_wgmma      is launched early, sets up its barriers, waits
 //
-// What is read and written is as if none did: whoever is launched early waits before it reads or writes device memory,
-// in every block, until all kernels before it have ended and what they wrote is there. So it does not matter which
-// kernels those are, nor whose. It must not read by __ldg, which may be moved ahead of the waiting.
+// What is read and written is as if none did: whoever is launched early waits, in every block and before it reads or
+// writes device memory, until the kernel before it has ended and what it wrote is there. That one waited too, and
+// quantize_rows comes first: so all kernels before have ended. It must not read by __ldg, which may be moved ahead of
+// the waiting.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -56,15 +56,12 @@ __device__ __forceinline__ void keep_out_of_loop(uint4 (&words)[kRows][kVectors]
   }
 }
 
-// sum + Σ q factor. kInTurn: one after the other, so that kernels that read alpha from elsewhere give the same bits; of
-// one rank there is one kernel, and its compiler's own order takes fewer registers.
-template <bool kInTurn>
+// sum + Σ q factor, spelled out: kernels of other ranks give the same bits, whatever the compiler would contract.
 __device__ __forceinline__ float plus_products(float sum, const float* q, float4 factor) {
-  if constexpr (!kInTurn) return sum + (q[0] * factor.x + q[1] * factor.y + q[2] * factor.z + q[3] * factor.w);
-  sum = __fmaf_rn(q[0], factor.x, sum);
-  sum = __fmaf_rn(q[1], factor.y, sum);
-  sum = __fmaf_rn(q[2], factor.z, sum);
-  return __fmaf_rn(q[3], factor.w, sum);
+  float products = __fmul_rn(q[0], factor.x);
+  products = __fmaf_rn(q[1], factor.y, products);
+  products = __fmaf_rn(q[2], factor.z, products);
+  return __fadd_rn(sum, __fmaf_rn(q[3], factor.w, products));
 }
 
 // The groups of rows a block should have, so that with one alpha in shared memory for all of them as many warps as
@@ -316,7 +313,7 @@ __global__ void __maxnreg__(registers_for(kVectors, kRanks))
 #pragma unroll
               for (int i = 0; i < kRows; ++i) {
                 const float(&q)[kVector] = centred[i];
-                dot[i][r] = plus_products<(kRanks > 1)>(dot[i][r], q + 4 * half, factor);
+                dot[i][r] = plus_products(dot[i][r], q + 4 * half, factor);
               }
             }
           }

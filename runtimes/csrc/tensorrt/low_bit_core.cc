@@ -317,10 +317,10 @@ bool run(const Attributes& attributes, const Tensor* descriptions, const void* c
   if (!tokens_per_frame(attributes, x.dims[x.rank - 2], tokens, refusal)) return false;
   const Memory memory = memory_of(attributes, rows, inputs, outputs, workspace);
 
-  const qvdit_unpack_args unpack = unpack_args(attributes, memory);
-  if (!succeeded(qvdit_unpack_weight(&unpack, stream), refusal)) return false;
   const qvdit_quantize_args quantize = quantize_args(attributes, memory, x.type, rows, tokens);
   if (!succeeded(qvdit_quantize_rows(&quantize, stream), refusal)) return false;
+  const qvdit_unpack_args unpack = unpack_args(attributes, memory);
+  if (!succeeded(qvdit_unpack_weight(&unpack, stream), refusal)) return false;
   qvdit_gemm_args gemm = gemm_args(attributes, memory, x.type, rows);
   if (!succeeded(qvdit_low_bit_gemm(&gemm, stream), refusal)) return false;
   if (!attributes.test_outputs) return true;

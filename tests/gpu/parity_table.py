@@ -1,0 +1,62 @@
+"""What parity found for many engines, in one JSON: of the folders that tests/gpu/tensorrt86.sh left.
+
+python3 tests/gpu/parity_table.py FOLDER … --out tests/benchmarks/results/tensorrt-parity.json
+
+A FOLDER is searched for parity.json with its engine.json beside it, in folders that bear the bundle's name (NAME/ or
+NAME/level-N/), and for videos.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from qvdit.contract.files import write_json
+
+COUNTS = ("layers_compared", "xq_compared", "xq_mismatches", "acc_compared", "acc_mismatches")
+ERRORS = ("model_rel_err", "error_ratio", "half_error_ratio")
+FACTS = ("tensorrt", "gpu", "driver", "optimization_level", "build_seconds", "engine_bytes", "device_bytes")
+
+
+def row(path: Path) -> dict[str, Any]:
+    """One engine's."""
+    found = json.loads(path.read_text())
+    facts = json.loads(path.with_name("engine.json").read_text())
+    folder = path.parent.parent if path.parent.name.startswith("level-") else path.parent
+    worst = max(layer["runtime_rel_err"] for layer in found["layers"])
+    sizes = {name: tuple(shapes) for name, shapes in facts["profile"].items()}
+    return {
+        "bundle": folder.name,
+        **{name: found[name] for name in COUNTS},
+        **{name: found.get(name) for name in ERRORS},
+        "worst_layer": worst,
+        "fixed_size": all(low == high for low, _, high in sizes.values()),
+        **{name: facts[name] for name in FACTS},
+    }
+
+
+def main() -> int:
+    """Collect; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folders", type=Path, nargs="+")
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    paths = [path for folder in given.folders for path in sorted(folder.rglob("parity.json"))]
+    rows = [row(path) for path in paths if path.with_name("engine.json").is_file()]
+    videos = [json.loads(path.read_text()) for folder in given.folders for path in sorted(folder.rglob("videos.json"))]
+    write_json(given.out, {"engines": rows, "videos": [video for found in videos for video in found]})
+    for each in rows:
+        print(
+            f"{each['bundle']}: {each['layers_compared']} layers, {each['xq_mismatches']} x_q and "
+            f"{each['acc_mismatches']} acc differ, error {each['half_error_ratio']} of PyTorch's FP16 run"
+        )
+    return 0 if rows else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -21,7 +21,7 @@ class EdgeDevice:
     architecture: str | None  # of its GPU, as nvcc counts; None: this machine's
 
 
-# Versions: docs.nvidia.com/jetson/jetpack, release notes of 6.0, 6.1, 6.2 and 7.0.
+# The newest of a device last. Versions: docs.nvidia.com/jetson/jetpack, release notes of 6.0, 6.1, 6.2 and 7.0.
 _JETSONS = (
     EdgeDevice("orin", "Jetson Orin", "aarch64", "6.0", "8.6", "12.2", "87"),
     EdgeDevice("orin", "Jetson Orin", "aarch64", "6.1", "10.3", "12.6", "87"),
@@ -41,7 +41,7 @@ def find_device(name: str, jetpack: str | None = None) -> EdgeDevice:
         )
     known = {device.jetpack: device for device in _JETSONS if device.name == name}
     if jetpack is None:
-        return known[max(known, key=str)] if known else _local()
+        return list(known.values())[-1] if known else _local()
     if jetpack not in known:
         expected = f"one of {', '.join(map(str, known))}" if known else "none: this machine is no Jetson to be named"
         raise QvditError(f"--jetpack {jetpack!r} with --device {name}", expected, "check --jetpack")

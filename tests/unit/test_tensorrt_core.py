@@ -452,8 +452,8 @@ def values(arguments: ctypes.Structure) -> dict[str, Any]:
 
 def test_a_plain_node(core):
     calls, given, outputs, pieces = launched(core, LAYER)
-    assert [name for name, _ in calls] == ["unpack", "quantize", "gemm"]
-    unpack, quantize, gemm = (values(arguments) for _, arguments in calls)
+    assert [name for name, _ in calls] == ["quantize", "unpack", "gemm"]
+    quantize, unpack, gemm = (values(arguments) for _, arguments in calls)
     assert pieces.keys() == {"weight", "x_q", "scale"}
     assert unpack == {
         "words": given["words"],
@@ -497,12 +497,12 @@ def test_a_plain_node(core):
 @pytest.mark.parametrize("dtype", [F32, F16, BF16])
 def test_y_is_of_the_type_of_x(core, dtype):
     calls, *_ = launched(core, LAYER, dtype=dtype)
-    assert calls[1][1].x_dtype == calls[2][1].y_dtype == dtype
+    assert calls[0][1].x_dtype == calls[2][1].y_dtype == dtype
 
 
 def test_a_full_node(core):
     calls, given, _, pieces = launched(core, FULL)
-    unpack, quantize, gemm = (arguments for _, arguments in calls)
+    quantize, unpack, gemm = (arguments for _, arguments in calls)
     assert pieces.keys() == set(PIECES)
     assert (unpack.zero, unpack.weight_sum) == (given["weight_zero"], pieces["weight_sum"])
     assert (quantize.inv_smooth, quantize.alpha) == (given["inv_smooth"], given["alpha"])
@@ -520,7 +520,7 @@ def test_a_full_node(core):
 @pytest.mark.parametrize("bits", [2, 3, 4, 6])
 def test_narrower_weights_lose_their_zero_points_while_unpacked(core, bits):
     calls, given, _, pieces = launched(core, FULL | {"weight_bits": bits})
-    unpack, quantize, gemm = (arguments for _, arguments in calls)
+    quantize, unpack, gemm = (arguments for _, arguments in calls)
     assert unpack.zero == given["weight_zero"]
     assert quantize.row_sum is gemm.row_sum is gemm.weight_zero is None
     assert "row_sum" not in pieces
@@ -529,15 +529,15 @@ def test_narrower_weights_lose_their_zero_points_while_unpacked(core, bits):
 @pytest.mark.parametrize(("rows", "tokens"), [(1, 2), (2, 8), (3, 1)], ids=["sequence", "spatial", "temporal"])
 def test_rows_belong_to_frames(core, rows, tokens):
     calls, *_ = launched(core, LAYER | {"rank": 1, "rows": rows, "frames": 4})
-    assert calls[1][1].tokens_per_frame == tokens
-    assert calls[1][1].m == 16
+    assert calls[0][1].tokens_per_frame == tokens
+    assert calls[0][1].m == 16
 
 
 @pytest.mark.parametrize("symmetric", [0, 1])
 def test_the_test_mode_returns_the_integers(core, symmetric):
     calls, _, outputs, pieces = launched(core, FULL | {"act_symmetric": symmetric, "test_outputs": 1})
-    assert [name for name, _ in calls] == ["unpack", "quantize", "gemm", "gemm"]
-    _, quantize, gemm, again = (arguments for _, arguments in calls)
+    assert [name for name, _ in calls] == ["quantize", "unpack", "gemm", "gemm"]
+    quantize, _, gemm, again = (arguments for _, arguments in calls)
     assert [quantize.x_q, quantize.scale, quantize.zero] == outputs[1:4]
     assert not pieces.keys() & {"x_q", "scale", "zero"}
     assert [gemm.x_q, gemm.scale, gemm.zero] == [outputs[1], outputs[2], None if symmetric else outputs[3]]
@@ -552,7 +552,7 @@ def test_no_rows_launch_nothing(core):
     assert calls == []
 
 
-@pytest.mark.parametrize("kernel", ["unpack", "quantize", "gemm"])
+@pytest.mark.parametrize("kernel", ["quantize", "unpack", "gemm"])
 def test_a_kernels_refusal_is_passed_on(core, kernel):
     core.library.fake_reset(kernel.encode(), 0)
     attributes = core.attributes()

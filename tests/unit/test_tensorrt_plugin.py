@@ -264,7 +264,7 @@ def test_enqueue_launches_the_kernels(driver, restored):
 
 def assert_launched(driver: Driver) -> None:
     library = driver.library
-    assert [library.fake_name(i) for i in range(library.fake_count())] == [b"unpack", b"quantize", b"gemm"]
+    assert [library.fake_name(i) for i in range(library.fake_count())] == [b"quantize", b"unpack", b"gemm"]
     gemm = cuda.GemmArgs.from_address(library.fake_args(2))
     assert (gemm.m, gemm.n, gemm.rank, gemm.segment, gemm.y, gemm.y_dtype) == (16, 256, 3, 128, 0x20000000, F16)
     assert (gemm.weight_scale, gemm.beta) == (0x10020000, 0x10070000)

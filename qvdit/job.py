@@ -123,6 +123,13 @@ class Job:
 
     def run(self, last: str = "quality") -> None:
         """Run the stages up to ``last``, reusing what is finished."""
+        try:
+            self._run(last)
+        except QvditError:
+            self._disown_empty()
+            raise
+
+    def _run(self, last: str) -> None:
         if self.settings.layer_bits:
             self._check_layer_bits()
         if self.settings.target == "tensorrt" and self.recipe.kind == "dynamic":
@@ -139,6 +146,8 @@ class Job:
     def calibrate(self, progress: Progress) -> None:
         """Sample the full-precision model and record its inputs."""
         folder = self.calibration_folder / "shards"
+        if self.settings.calibration:  # before the stage, which begins by forgetting the last one
+            calibration.refuse_foreign(self.plan, folder)
         self.calibration_stages.run(
             "calibrate",
             dataclasses.asdict(self.plan),
@@ -373,6 +382,7 @@ class Job:
     def _claim_output(self) -> None:
         if self.out.exists() and not self.out.is_dir():
             raise QvditError(f"--out {self.out}, which is a file", "a folder", "choose another --out")
+        self.made_output = not self.out.exists()
         owner = self.work / "owner.json"
         if owner.is_file():
             content = read_json(owner, "the note of whose folder this is")
@@ -386,6 +396,17 @@ class Job:
         if self.out.exists() and any(path != self.work for path in self.out.iterdir()):
             raise QvditError(f"--out {self.out}, which holds other files", "an empty folder", "choose another --out")
         write_json(owner, {"model": self.source.name, "source": self.source.fingerprint})
+
+    def _disown_empty(self) -> None:
+        """Give back an output folder in which nothing was made: another model, or this one mended, may have it."""
+        owner = self.work / "owner.json"
+        if [path for path in self.out.rglob("*") if not path.is_dir()] != [owner]:
+            return
+        owner.unlink()
+        for folder in sorted(self.out.rglob("*"), reverse=True):
+            folder.rmdir()
+        if self.made_output:
+            self.out.rmdir()
 
     def _check_layer_bits(self) -> None:
         """Refuse a pattern of the user's that no layer's name matches."""

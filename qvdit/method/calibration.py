@@ -120,13 +120,8 @@ def record(
     """
     shards = [shard_path(folder, index) for index in range(len(plan.prompts))]
     missing = [index for index, shard in enumerate(shards) if not _matches(shard, plan.identity(index))]
-    for shard in (shards[index] for index in missing):
-        if shard.exists() and not overwrite:
-            raise QvditError(
-                f"--calibration with {shard}, recorded from another model or with other settings",
-                "calibration data of this job",
-                "choose another folder, or the settings it was made with",
-            )
+    if not overwrite:
+        refuse_foreign(plan, folder)
     for start in range(0, len(missing), together):
         progress(len(shards) - len(missing) + start, len(shards))
         indices = missing[start : start + together]
@@ -135,6 +130,18 @@ def record(
             write_atomic(shards[index], partial(save_file, tensors, metadata=plan.identity(index)))
     progress(len(shards), len(shards))
     return CalibrationData(tuple(shards))
+
+
+def refuse_foreign(plan: CalibrationPlan, folder: Path) -> None:
+    """Raise QvditError if a shard in ``folder`` is not the plan's."""
+    for index in range(len(plan.prompts)):
+        shard = shard_path(folder, index)
+        if shard.exists() and not _matches(shard, plan.identity(index)):
+            raise QvditError(
+                f"--calibration with {shard}, which is damaged, or recorded from another model or with other settings",
+                "calibration data of this job",
+                "choose another folder, or the settings it was made with",
+            )
 
 
 def _matches(shard: Path, identity: dict[str, str]) -> bool:

@@ -154,6 +154,8 @@ def load(path: Path) -> Statistics:
     for name, found in inputs.items():
         if not all(tensor.isfinite().all() for tensor in vars(found).values()):
             raise QvditError(
-                f"NaN or Inf in the statistics of {name}", "finite activations", "check the model's weights"
+                f"NaN or Inf in the statistics of {name}",
+                "finite activations",
+                "check the model's weights and the calibration data",
             )
     return Statistics(inputs)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import re
 import struct
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -42,6 +44,8 @@ class SourceModel:
         from diffusers.utils import logging as diffusers_logging
 
         diffusers_logging.disable_progress_bar()
+        diffusers_logging.set_verbosity(logging.CRITICAL)  # what it says comes as the error below, in one line
+        _check_complete(self.path / "transformer", self.adapter.class_name, self.config)
         try:
             pipeline = _pipeline_class(self.path).from_pretrained(self.path, use_safetensors=True, dtype=torch.float32)
         except (ValueError, OSError, RuntimeError) as error:
@@ -77,6 +81,7 @@ def find_model(name_or_path: str) -> SourceModel:
             "choose such a model, or add an adapter for it in qvdit/models",
         )
     weights = _weight_files(transformer)
+    _check_components(path)
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for file in weights:
         check_safetensors(file)
@@ -86,8 +91,11 @@ def find_model(name_or_path: str) -> SourceModel:
     return SourceModel(name, path, adapter, config, fingerprint, _pipeline_name(path), _sampling(path, fingerprint))
 
 
-def check_safetensors(path: Path) -> None:
-    """Refuse a safetensors file that is missing, no safetensors at all, or shorter than its header says."""
+def check_safetensors(path: Path) -> dict[str, Any]:
+    """The tensors of a safetensors file, by name, as its header has them.
+
+    QvditError where it is missing, no safetensors at all, or shorter than its header says.
+    """
     what, fix = "a whole safetensors file", "copy or download it again"
     if not path.is_file():
         raise QvditError(f"no file {path}", what, fix)
@@ -101,9 +109,43 @@ def check_safetensors(path: Path) -> None:
             header = None
     if not isinstance(header, dict):
         raise QvditError(f"{path}, which is truncated or no safetensors file", what, fix)
-    end = max((v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"), default=0)
+    header.pop("__metadata__", None)
+    end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
     if 8 + length + end != size:
         raise QvditError(f"{path} of {size} bytes where its header tells of {8 + length + end}", what, fix)
+    return header
+
+
+def _check_components(path: Path) -> None:
+    """Refuse damaged weights and pickles in any part of a pipeline: text encoder, VAE and so on."""
+    for folder in sorted(part for part in path.iterdir() if part.is_dir()):
+        weights = sorted(folder.glob("*.safetensors"))
+        for file in weights:
+            check_safetensors(file)
+        pickles = [file for file in sorted(folder.iterdir()) if file.suffix in _PICKLES]
+        if pickles and not weights:
+            raise _pickle_error(pickles[0])
+
+
+def _check_complete(transformer: Path, class_name: str, config: dict[str, Any]) -> None:
+    """Refuse weights that are not the configuration's: diffusers would fill gaps, and ignore what is too much."""
+    import diffusers
+
+    kind = getattr(diffusers, class_name)
+    with torch.device("meta"):
+        expected = set(kind.from_config(config).state_dict())
+    found = {name for file in _weight_files(transformer) for name in check_safetensors(file)}
+    ignored = [re.compile(pattern) for pattern in kind._keys_to_ignore_on_load_unexpected or ()]
+    missing = sorted(expected - found)
+    unknown = sorted(name for name in found - expected if not any(pattern.search(name) for pattern in ignored))
+    if missing or unknown:
+        wrong = {"too few": missing, "too many": unknown}
+        listed = [f"{len(names)} {what} ({names[0]} …)" for what, names in wrong.items() if names]
+        raise QvditError(
+            f"{transformer} with other tensors than its configuration's: {', '.join(listed)}",
+            "the tensors that config.json tells of",
+            "copy or download the model again",
+        )
 
 
 def _weight_files(transformer: Path) -> list[Path]:
@@ -133,7 +175,11 @@ def _pickle_error(path: Path) -> QvditError:
 
 def _index(path: Path) -> dict[str, Any]:
     content = read_json(path / "model_index.json", "a pipeline's model_index.json")
-    return content if isinstance(content, dict) else {}
+    if not isinstance(content, dict):
+        raise QvditError(
+            f"{path / 'model_index.json'}, which is no object", "a pipeline's parts by name", "copy it again"
+        )
+    return content
 
 
 def _pipeline_name(path: Path) -> str:

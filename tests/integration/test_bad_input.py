@@ -231,6 +231,38 @@ def test_safetensors_of_another_model(
     assert_nothing_written(tmp_path / "out")
 
 
+@pytest.mark.parametrize(("layers", "words"), [(3, "too few (blocks.2."), (1, "too many (blocks.1.")])
+def test_weights_of_another_depth(layers: int, words: str, broken: Path, export: Any, tmp_path: Path) -> None:
+    """diffusers would draw what is missing, and leave out what is too much."""
+    path = broken / "transformer" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "num_layers": layers}))
+    assert_refused(export(model=broken), words, str(broken / "transformer"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "pickled"])
+def test_damaged_weights_beside_the_transformer(damage: str, broken: Path, export: Any, tmp_path: Path) -> None:
+    path = next(p for p in sorted(broken.rglob("*.safetensors")) if p.parent.name != "transformer")
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-1])
+    elif damage == "missing":
+        path.unlink()
+    else:
+        path.rename(path.with_suffix(".bin"))
+    assert_refused(export(model=broken), "pickle" if damage == "pickled" else str(broken))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_refused_model_may_be_mended(broken: Path, wan_folder: Path, export: Any, tmp_path: Path) -> None:
+    """What failed before anything was made has no claim on the output folder, and leaves one that was there."""
+    path = broken / "transformer" / "config.json"
+    whole = path.read_text()
+    path.write_text(json.dumps({**json.loads(whole), "num_layers": 3}))
+    (tmp_path / "out").mkdir()
+    assert_refused(export(model=broken))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_weights_that_are_not_finite(
     value: float, wan_model: Any, save_pipeline: Any, export: Any, tmp_path: Path

@@ -363,10 +363,11 @@ def test_shared_calibration_data_are_those_of_the_model(
     common = tmp_path / "calibration"
     first = make_job(tmp_path / "a", calibration=common)
     first.run("calibrate")
-    before = [shard.read_bytes() for shard in first.data.shards]
+    before = {path: path.read_bytes() for path in common.rglob("*") if path.is_file()}
     with pytest.raises(QvditError, match="recorded from another model or with other settings"):
         make_job(tmp_path / "b", model=str(folder), calibration=common).run("calibrate")
-    assert [shard.read_bytes() for shard in first.data.shards] == before
+    assert {path: path.read_bytes() for path in common.rglob("*") if path.is_file()} == before
+    assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.usefixtures("quick")

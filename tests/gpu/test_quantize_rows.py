@@ -203,8 +203,9 @@ def run_transformed(
     transformed = torch.full((x.numel() // x.shape[-1], x.shape[-1]), 77.0, device="cuda")
     modulation = tuple(None if (t := keywords.get(name)) is None else t.cuda() for name in ("scale", "shift"))
     inv_smooth = None if (t := keywords.get("inv_smooth")) is None else t.cuda()
+    rotation = keywords.get("rotation", 0)
     torch_ops._launch_quantize(
-        outputs, on_gpu, 8, symmetric, inv_smooth, None, None, 1, prologue, modulation, 1e-6, transformed=transformed
+        outputs, on_gpu, 8, symmetric, inv_smooth, None, None, 1, prologue, modulation, 1e-6, rotation, transformed
     )
     return [t.cpu() for t in outputs], transformed.cpu()
 
@@ -223,6 +224,21 @@ def test_gelu(dtype, k, symmetric, smooth):
     expected = expected if inv_smooth is None else expected * inv_smooth
     assert ((transformed - expected).abs() <= 32 * EPS * expected.abs() + 1e-6).all()
     assert_rows_equal(found, reference_rows(transformed, 8, symmetric), k, symmetric)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block", [16, 128, 1024])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_gelu_comes_before_smoothing_and_rotation(dtype, block, symmetric):
+    generator = torch.Generator().manual_seed(14)
+    x = (4 * torch.randn(50, 5120, generator=generator)).to(dtype)
+    inv_smooth = torch.rand(5120, generator=generator) + 0.5
+    found, transformed = run_transformed(x, symmetric, "gelu", inv_smooth=inv_smooth, rotation=block)
+    terms = torch.nn.functional.gelu(x.double(), approximate="tanh") * inv_smooth
+    largest = terms.abs().unflatten(-1, (-1, block)).sum(-1, keepdim=True).expand(-1, -1, block).flatten(-2)
+    expected = operator.walsh_hadamard(terms, block)
+    assert ((transformed - expected).abs() <= 64 * EPS * largest + 1e-6 * block).all()
+    assert_rows_equal(found, reference_rows(transformed, 8, symmetric), 5120, symmetric)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

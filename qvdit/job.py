@@ -152,9 +152,7 @@ class Job:
             "calibrate",
             dataclasses.asdict(self.plan),
             lambda: list(self.data.shards),
-            lambda: calibration.record(
-                self.pipeline, self.source.adapter, self.plan, folder, progress, overwrite=not self.settings.calibration
-            ),
+            lambda: calibration.record(self.pipeline, self.source.adapter, self.plan, folder, progress),
         )
 
     def statistics(self, progress: Progress) -> None:

@@ -110,18 +110,15 @@ def record(
     plan: CalibrationPlan,
     folder: Path,
     progress: Progress = no_progress,
-    overwrite: bool = True,
     together: int = 1,
 ) -> CalibrationData:
     """Sample the prompts that have no shard in ``folder`` yet, and return all shards of the plan.
 
-    Shards of another plan or model are replaced, or, without ``overwrite``, refused. ``together``: how many prompts are
-    sampled in one batch, by a pipeline that then gives each what it gives it alone, but for float32 rounding.
+    Shards of another plan or model are replaced (:func:`refuse_foreign` refuses them). ``together``: how many prompts
+    are sampled in one batch, by a pipeline that then gives each what it gives it alone, but for float32 rounding.
     """
     shards = [shard_path(folder, index) for index in range(len(plan.prompts))]
     missing = [index for index, shard in enumerate(shards) if not _matches(shard, plan.identity(index))]
-    if not overwrite:
-        refuse_foreign(plan, folder)
     for start in range(0, len(missing), together):
         progress(len(shards) - len(missing) + start, len(shards))
         indices = missing[start : start + together]

@@ -44,15 +44,18 @@ class SourceModel:
         from diffusers.utils import logging as diffusers_logging
 
         diffusers_logging.disable_progress_bar()
+        verbosity = diffusers_logging.get_verbosity()
         diffusers_logging.set_verbosity(logging.CRITICAL)  # what it says comes as the error below, in one line
-        _check_complete(self.path / "transformer", self.adapter.class_name, self.config)
         try:
+            _check_complete(self.path / "transformer", self.adapter.class_name, self.config)
             pipeline = _pipeline_class(self.path).from_pretrained(self.path, use_safetensors=True, dtype=torch.float32)
         except (ValueError, OSError, RuntimeError) as error:
             refused = f"{self.path}, which diffusers refuses ({' '.join(str(error).split())[:300]})"
             raise QvditError(
                 refused, "a whole pipeline of its own configuration", "copy or download it again"
             ) from None
+        finally:
+            diffusers_logging.set_verbosity(verbosity)
         pipeline.set_progress_bar_config(disable=True)
         pipeline.transformer.eval().requires_grad_(False)
         _check_finite(pipeline.transformer, self.path)
@@ -117,14 +120,13 @@ def check_safetensors(path: Path) -> dict[str, Any]:
 
 
 def _check_components(path: Path) -> None:
-    """Refuse damaged weights and pickles in any part of a pipeline: text encoder, VAE and so on."""
-    for folder in sorted(part for part in path.iterdir() if part.is_dir()):
+    """Refuse damaged weights and pickles in the other parts of a pipeline: text encoder, VAE and so on."""
+    for folder in sorted(part for part in path.iterdir() if part.is_dir() and part.name != "transformer"):
         weights = sorted(folder.glob("*.safetensors"))
         for file in weights:
             check_safetensors(file)
-        pickles = [file for file in sorted(folder.iterdir()) if file.suffix in _PICKLES]
-        if pickles and not weights:
-            raise _pickle_error(pickles[0])
+        if not weights:
+            _refuse_pickles(folder)
 
 
 def _check_complete(transformer: Path, class_name: str, config: dict[str, Any]) -> None:
@@ -158,11 +160,15 @@ def _weight_files(transformer: Path) -> list[Path]:
         return [inside(transformer, str(name)) for name in sorted(set(shards.values()))]
     single = transformer / "diffusion_pytorch_model.safetensors"
     if not single.is_file():
-        pickles = [p for p in sorted(transformer.glob("*")) if p.suffix in _PICKLES]
-        if pickles:
-            raise _pickle_error(pickles[0])
+        _refuse_pickles(transformer)
         raise QvditError(f"no weights in {transformer}", single.name, "copy or download the model again")
     return [single]
+
+
+def _refuse_pickles(folder: Path) -> None:
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _PICKLES:
+            raise _pickle_error(path)
 
 
 def _pickle_error(path: Path) -> QvditError:

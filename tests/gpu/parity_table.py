@@ -29,13 +29,12 @@ def row(path: Path) -> dict[str, Any]:
     facts = json.loads(path.with_name("engine.json").read_text())
     folder = path.parent.parent if path.parent.name.startswith("level-") else path.parent
     worst = max(layer["runtime_rel_err"] for layer in found["layers"])
-    sizes = {name: tuple(shapes) for name, shapes in facts["profile"].items()}
     return {
         "bundle": folder.name,
         **{name: found[name] for name in COUNTS},
         **{name: found.get(name) for name in ERRORS},
         "worst_layer": worst,
-        "fixed_size": all(low == high for low, _, high in sizes.values()),
+        "fixed_size": all(low == high for low, _, high in facts["profile"].values()),
         **{name: facts[name] for name in FACTS},
     }
 

@@ -26,11 +26,11 @@ namespace qvdit {
 template <int kBlockN>
 using WgmmaTile = cute::Shape<cute::_128, cute::Int<kBlockN>, cute::_128>;
 
-// What CUTLASS asks of a visitor on the host: its parameters are its arguments, and it needs no workspace.
-template <class Arguments_>
-struct VisitorHost {
-  using Arguments = Arguments_;
-  using Params = Arguments_;
+// What CUTLASS asks of every leaf of a visitor tree: here its parameters are the layer's, it needs no workspace, and
+// nothing is loaded for it.
+struct LeafVisitor {
+  using Arguments = qvdit_gemm_args;
+  using Params = qvdit_gemm_args;
 
   template <class ProblemShape>
   static constexpr Params to_underlying_arguments(ProblemShape const&, Arguments const& args, void*) {
@@ -48,6 +48,14 @@ struct VisitorHost {
   static cutlass::Status initialize_workspace(ProblemShape const&, Arguments const&, void*, cudaStream_t,
                                               cutlass::CudaHostAdapter* = nullptr) {
     return cutlass::Status::kSuccess;
+  }
+
+  CUTLASS_DEVICE bool is_producer_load_needed() const { return false; }
+  CUTLASS_DEVICE bool is_C_load_needed() const { return false; }
+
+  template <class... Args>
+  CUTLASS_DEVICE auto get_producer_load_callbacks(cutlass::epilogue::fusion::ProducerLoadArgs<Args...> const&) {
+    return cutlass::epilogue::fusion::EmptyProducerLoadCallbacks{};
   }
 };
 

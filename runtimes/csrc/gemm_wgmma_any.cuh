@@ -52,20 +52,12 @@ struct EpilogueFactors {
 // The whole epilogue as a leaf of CUTLASS's visitor tree. Returns y as Out; where that is int32, the corrected
 // accumulators.
 template <typename Out, int kBlockM, int kBlockN, int kThreads>
-struct LowBitVisitor : VisitorHost<qvdit_gemm_args> {
+struct LowBitVisitor : LeafVisitor {
   using SharedStorage = EpilogueFactors<kBlockM, kBlockN>;
 
   CUTLASS_HOST_DEVICE LowBitVisitor() {}
   CUTLASS_HOST_DEVICE LowBitVisitor(Params const& params, SharedStorage const& shared)
       : params_(&params), shared_(const_cast<SharedStorage*>(&shared)) {}
-
-  CUTLASS_DEVICE bool is_producer_load_needed() const { return false; }
-  CUTLASS_DEVICE bool is_C_load_needed() const { return false; }
-
-  template <class... Args>
-  CUTLASS_DEVICE auto get_producer_load_callbacks(cutlass::epilogue::fusion::ProducerLoadArgs<Args...> const&) {
-    return cutlass::epilogue::fusion::EmptyProducerLoadCallbacks{};
-  }
 
   template <class Coordinates>
   struct Callbacks : cutlass::epilogue::fusion::EmptyConsumerStoreCallbacks {

@@ -32,7 +32,7 @@ struct TileFactors {
 };
 
 template <typename Out, int kBlockM, int kBlockN, int kThreads, int kRanks, bool kZero>
-struct RanksVisitor : VisitorHost<qvdit_gemm_args> {
+struct RanksVisitor : LeafVisitor {
   using SharedStorage = TileFactors<kBlockM, kBlockN, kRanks, kZero>;
   using Ranks = typename SharedStorage::Ranks;
   static_assert(kBlockM == kThreads, "a thread stages a row");
@@ -40,14 +40,6 @@ struct RanksVisitor : VisitorHost<qvdit_gemm_args> {
   CUTLASS_HOST_DEVICE RanksVisitor() {}
   CUTLASS_HOST_DEVICE RanksVisitor(Params const& params, SharedStorage const& shared)
       : params_(&params), shared_(const_cast<SharedStorage*>(&shared)) {}
-
-  CUTLASS_DEVICE bool is_producer_load_needed() const { return false; }
-  CUTLASS_DEVICE bool is_C_load_needed() const { return false; }
-
-  template <class... Args>
-  CUTLASS_DEVICE auto get_producer_load_callbacks(cutlass::epilogue::fusion::ProducerLoadArgs<Args...> const&) {
-    return cutlass::epilogue::fusion::EmptyProducerLoadCallbacks{};
-  }
 
   template <class Coordinates>
   struct Callbacks : cutlass::epilogue::fusion::EmptyConsumerStoreCallbacks {

@@ -2,9 +2,10 @@
 
 The rules, by operator:
 
-- matrix products, convolutions and LowBitLinear read and write the low type (FP16, or BF16 where ONNX has it);
+- matrix products, convolutions and LowBitLinear read and write the low type (FP16, or BF16 where ONNX has it), and so
+  does a softmax of what a product wrote: the next product would round its output all the same;
 - data movement and plain arithmetic take the widest type they are given, constants aside, as PyTorch promotes;
-- everything else (normalisation and its reductions, softmax, activations, sines) is float32;
+- everything else (normalisation and its reductions, activations, sines) is float32;
 - what comes of the time step alone is float32, products included: it has few rows, and steers every token;
 - whatever reads or writes a value that the low type cannot hold is float32, as a run of the full-precision
   model measured it.
@@ -44,6 +45,7 @@ _LARGEST = {TensorProto.FLOAT16: 8192.0, TensorProto.BFLOAT16: 1e38}
 _PRODUCTS = {"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum", NODE}
 _MOVES = {"Concat", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Reshape", "Slice"}
 _MOVES |= {"Split", "Squeeze", "Tile", "Transpose", "Unsqueeze", "Where"}
+_ATTENTION = {"Softmax"}
 _ARITHMETIC = {"Abs", "Add", "Max", "Min", "Mul", "Neg", "Relu", "Sub"}
 
 
@@ -82,7 +84,7 @@ class _Typer:
         self.model.CopyFrom(traced)
         self.graph = self.model.graph
         self.low, self.largest = low, largest
-        self.follows = _MOVES | _ARITHMETIC
+        self.follows = _MOVES | _ARITHMETIC | _ATTENTION
         self.static, self.exact_inputs = frozenset(static), frozenset(exact_inputs)
         self.constants = {tensor.name: tensor for tensor in self.graph.initializer}
         self.shapes: dict[str, onnx.TypeProto] = {}

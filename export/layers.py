@@ -12,6 +12,7 @@ import onnx
 import onnx.helper
 from onnx import TensorProto
 
+from qvdit.contract.kernels import Prologue
 from qvdit.contract.layer import StaticInt8Layer, padded_size
 from qvdit.export.functions import DOMAIN
 from qvdit.export.graph import GraphEditor, static_int8
@@ -25,8 +26,9 @@ def layers_model(model: onnx.ModelProto) -> onnx.ModelProto:
 
     ``NODE:x`` [B, L, K] of the type that the model gives it, but FP16 where that is BF16, since the saved references
     are FP16-representable → ``NODE:y``, ``NODE:x_q`` (``NODE:x_q_less_128`` where activations are asymmetric),
-    ``NODE:scale``, ``NODE:zero``, ``NODE:acc`` as :func:`qvdit.export.plugin.layer_model` describes them. Constants in
-    external data stay there, so the file belongs beside the model's.
+    ``NODE:scale``, ``NODE:zero``, ``NODE:acc`` as :func:`qvdit.export.plugin.layer_model` describes them. A saved
+    reference's x is what is quantized, so the nodes have no prologue here. Constants in external data stay there, so
+    the file belongs beside the model's.
     """
     types = {value.name: value.type.tensor_type.elem_type for value in (*model.graph.value_info, *model.graph.input)}
     graph = onnx.GraphProto(name="layers")
@@ -60,7 +62,7 @@ def _add_node(graph: onnx.GraphProto, node: onnx.NodeProto, x_type: int) -> None
         outputs.append(f"{name}:{shown}")
         graph.output.append(value(outputs[-1], kind, [*leading, *columns]))
     graph.input.append(value(f"{name}:x", x_type, [*leading, k]))
-    given["test_outputs"] = 1
+    given |= {"prologue": int(Prologue.PLAIN), "test_outputs": 1}
     graph.node.append(
         onnx.helper.make_node(
             node.op_type, [f"{name}:x", *node.input[1:]], outputs, name, domain=DOMAIN, **dict(_texts(given))

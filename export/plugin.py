@@ -17,13 +17,14 @@ import onnx.numpy_helper
 from onnx import TensorProto
 
 from qvdit.contract import FrameRows, LowBitLayer, QvditError
-from qvdit.contract.kernels import KernelConstants, mergeable, unserved
+from qvdit.contract.kernels import KernelConstants, Prologue, mergeable, unserved
 from qvdit.contract.layer import Layer, padded_size
 from qvdit.contract.packing import unpack
 from qvdit.export.files import save_model
 from qvdit.export.functions import DOMAIN, DOMAIN_VERSION, NODE
 from qvdit.export.graph import Fill, FullWeights, GraphEditor, fill, placeholder_name, plain_fills
 from qvdit.export.opset import TENSORRT_OPSET
+from qvdit.export.prologue import prologue_of, written_out
 
 PLUGIN_VERSION = "1"
 ROWS = (FrameRows.NONE, FrameRows.SEQUENCE, FrameRows.SPATIAL, FrameRows.TEMPORAL)  # attribute rows: the index
@@ -76,11 +77,12 @@ def same_input(typed: onnx.ModelProto, layers: Sequence[LowBitLayer]) -> list[tu
     the model's time.
     """
     by_name = {layer.name: layer for layer in layers}
-    readers: dict[tuple[str, str], list[LowBitLayer]] = {}
+    readers: dict[tuple[str, Prologue, str], list[LowBitLayer]] = {}
     for node in typed.graph.node:
         if node.domain == DOMAIN and placeholder_name(node) in by_name:
             layer = by_name[placeholder_name(node)]
-            readers.setdefault((node.input[0], layer.name.rpartition(".")[0]), []).append(layer)
+            read = (node.input[0], prologue_of(node), layer.name.rpartition(".")[0])
+            readers.setdefault(read, []).append(layer)
     groups: list[tuple[LowBitLayer, ...]] = []
     for found in readers.values():
         groups += [tuple(found)] if len(found) == 1 or mergeable(found) else [(layer,) for layer in found]
@@ -90,13 +92,13 @@ def same_input(typed: onnx.ModelProto, layers: Sequence[LowBitLayer]) -> list[tu
 def _call(group: Sequence[LowBitLayer], outputs: list[str]) -> Fill:
     def build(node: onnx.NodeProto, editor: GraphEditor) -> list[onnx.NodeProto]:
         if len(group) == 1:
-            return [plugin_node(group, node.input[0], outputs, editor)]
+            return [plugin_node(group, node.input[0], outputs, editor, prologue_of(node))]
         merged = f"{outputs[0]}:merged"
         sizes = np.array([layer.shape[0] for layer in group], np.int64)
         split = [merged, editor.constant(f"{merged}:sizes", sizes)]
         editor.describe_like(merged, outputs[0], int(sizes.sum()))
         return [
-            plugin_node(group, node.input[0], [merged], editor),
+            plugin_node(group, node.input[0], [merged], editor, prologue_of(node)),
             onnx.helper.make_node("Split", split, outputs, f"{merged}:split", axis=-1),
         ]
 
@@ -104,11 +106,17 @@ def _call(group: Sequence[LowBitLayer], outputs: list[str]) -> Fill:
 
 
 def plugin_node(
-    group: Sequence[LowBitLayer], x: str, outputs: list[str], editor: GraphEditor, test_outputs: bool = False
+    group: Sequence[LowBitLayer],
+    x: str,
+    outputs: list[str],
+    editor: GraphEditor,
+    prologue: Prologue = Prologue.PLAIN,
+    test_outputs: bool = False,
 ) -> onnx.NodeProto:
     """One plugin node for a layer, or for several that are mergeable; its constants become initializers.
 
-    outputs: y, or :data:`TEST_OUTPUTS` where ``test_outputs``. The node's name holds the layers'.
+    prologue: what is computed of ``x`` before it is quantized. outputs: y, or :data:`TEST_OUTPUTS` where
+    ``test_outputs``. The node's name holds the layers'.
     """
     first, constants = group[0], KernelConstants.of(group)
     name = _BETWEEN_NAMES.join(layer.name for layer in group)
@@ -130,6 +138,7 @@ def plugin_node(
         "rows": ROWS.index(first.rows) if frames else 0,
         "frames": frames,
         "rotation": first.rotation,
+        "prologue": int(prologue),
         "has_zero": int(held["weight_zero"] is not None),
         "has_bias": int(held["bias"] is not None),
         "has_smooth": int(held["inv_smooth"] is not None),
@@ -152,11 +161,13 @@ def _bytes_in_words(values: np.ndarray) -> np.ndarray:
 def with_placeholders(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[LowBitLayer, ...]]:
     """The inverse of :func:`plugin_model`: placeholders again, and the layers that the nodes' constants hold.
 
-    A merged node becomes its layers and a Concat, so that any body of ``LowBitLinear`` can stand in for the plugin.
+    A merged node becomes its layers and a Concat, and a prologue is written out before them, so that any body of
+    ``LowBitLinear`` can stand in for the plugin.
     """
     result = onnx.ModelProto()
     result.CopyFrom(model)
     constants = {tensor.name: tensor for tensor in result.graph.initializer}
+    types = {v.name: v.type.tensor_type.elem_type for v in (*result.graph.input, *result.graph.value_info)}
     nodes: list[onnx.NodeProto] = []
     layers: list[LowBitLayer] = []
     for node in result.graph.node:
@@ -165,14 +176,18 @@ def with_placeholders(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[Lo
             continue
         group = decoded(node, constants)
         layers += group
-        y = node.output[0]
+        x, y = node.input[0], node.output[0]
+        if prologue_of(node) is Prologue.GELU:
+            x, before = written_out(x, y, types[x], result.graph)
+            nodes += before
         parts = [y] if len(group) == 1 else [f"{y}:{layer.name}" for layer in group]
         for layer, part in zip(group, parts, strict=True):
-            nodes.append(onnx.helper.make_node(NODE, [node.input[0]], [part], domain=DOMAIN, layer=layer.name))
+            nodes.append(onnx.helper.make_node(NODE, [x], [part], domain=DOMAIN, layer=layer.name))
         if len(group) > 1:
             nodes.append(onnx.helper.make_node("Concat", parts, [y], axis=-1))
     used = {name for node in nodes for name in node.input}
-    for field, kept in (("node", nodes), ("initializer", [t for n, t in constants.items() if n in used])):
+    held = [tensor for tensor in result.graph.initializer if tensor.name in used]
+    for field, kept in (("node", nodes), ("initializer", held)):
         del getattr(result.graph, field)[:]
         getattr(result.graph, field).extend(kept)
     return result, tuple(layers)

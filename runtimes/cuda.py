@@ -42,14 +42,6 @@ class Dtype(IntEnum):
     S32 = 3
 
 
-class Prologue(IntEnum):
-    """What happens to x before it is quantized."""
-
-    PLAIN = 0
-    LAYERNORM = 1
-    GELU = 2
-
-
 class Tile(IntEnum):
     """Which GEMM kernel; AUTO chooses by a measured table."""
 

@@ -23,6 +23,7 @@ from qvdit.export import graph, plugin
 from qvdit.export.files import save_model
 from qvdit.export.opset import lowered
 from qvdit.export.precision import strongly_typed
+from qvdit.export.prologue import with_prologues
 from qvdit.export.trace import trace
 from qvdit.method.reference import quantized_transformer
 from qvdit.models import ADAPTERS
@@ -69,6 +70,7 @@ def test_node_is_as_the_plugin_reads_it(low_bit_layer: Any) -> None:
         "rows": 1,
         "frames": 4,
         "rotation": 0,
+        "prologue": 0,
         "has_zero": 1,
         "has_bias": 1,
         "has_smooth": 1,
@@ -223,7 +225,7 @@ def run_torch(model: Any, inputs: dict[str, torch.Tensor]) -> np.ndarray:
 
 def lower(traced: onnx.ModelProto, layers: tuple[LowBitLayer, ...], **options: Any) -> onnx.ModelProto:
     typed = strongly_typed(traced, {layer.name: layer.shape for layer in layers})
-    return plugin.plugin_model(lowered(typed), layers, **options)
+    return plugin.plugin_model(lowered(with_prologues(typed, [layer.name for layer in layers])), layers, **options)
 
 
 KINDS = [(4, 8, True, 1), (3, 6, False, 2), (8, 8, True, 0)]

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qvdit.contract import WEIGHT_BITS, QvditError
+from qvdit.contract.kernels import Prologue
 from qvdit.contract.layer import ROW_PAD
 from qvdit.contract.packing import pack, unpack
 from qvdit.runtimes import cuda
@@ -116,7 +117,7 @@ def test_python_repeats_the_argument_structs(host):
 
 def test_python_repeats_the_enums():
     header = (CSRC / "qvdit_kernels.h").read_text()
-    for prefix, enum in (("QVDIT_TILE_", cuda.Tile), ("QVDIT_", cuda.Dtype), ("QVDIT_", cuda.Prologue)):
+    for prefix, enum in (("QVDIT_TILE_", cuda.Tile), ("QVDIT_", cuda.Dtype), ("QVDIT_", Prologue)):
         for member in enum:
             assert f"{prefix}{member.name} = {member.value}" in header
     assert f"#define QVDIT_ABI {cuda.ABI}" in header

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qvdit.contract import FrameRows
+from qvdit.contract.kernels import Prologue
 from qvdit.contract.packing import packed_words
 from qvdit.runtimes import cuda
 
@@ -34,6 +35,7 @@ LAYER = {
     "rows": 0,
     "frames": 0,
     "rotation": 0,
+    "prologue": 0,
     "has_zero": 0,
     "has_bias": 0,
     "has_smooth": 0,
@@ -49,6 +51,7 @@ FULL = LAYER | {
     "rows": 1,
     "frames": 4,
     "rotation": 4,
+    "prologue": 2,
     "has_zero": 1,
     "has_bias": 1,
     "has_smooth": 1,
@@ -210,6 +213,8 @@ def test_a_missing_attribute_is_named(core, name):
         ({"rotation": 3}, "got rotation 3 of in_features 100, expected 0 or a power of two to 1024 that divides them"),
         ({"rotation": 8}, "got rotation 8 of in_features 100"),
         ({"rotation": 2048, "in_features": 4096}, "got rotation 2048"),
+        ({"prologue": 1}, "got prologue 1, expected 0 (none) or 2 (GELU)"),
+        ({"prologue": -1}, "got prologue -1"),
         ({"frames": 4, "rows": 1}, "got gains of 4 frames with rank 0 and rows 1, expected a rank"),
         ({"frames": 4, "rank": 1}, "got gains of 4 frames with rank 1 and rows 0, expected a rank and rows"),
     ],
@@ -258,9 +263,9 @@ def test_every_other_length_is_refused(core):
 @pytest.mark.parametrize(
     ("word", "value", "message"),
     [
-        (0, 7, r"got 72 bytes that are no LowBitLinear, .*: build the engine again"),
-        (1, 2, r"got a layer of version 2, expected 1: build the engine again with this plugin, or load"),
-        (2, 76, r"got 72 bytes that say they are 76, expected 72: build"),
+        (0, 7, r"got 76 bytes that are no LowBitLinear, .*: build the engine again"),
+        (1, 1, r"got a layer of version 1, expected 2: build the engine again with this plugin, or load"),
+        (2, 80, r"got 76 bytes that say they are 80, expected 76: build"),
         (3, 64, r"got a damaged layer, expected its checksum to match: build"),
     ],
     ids=["magic", "version", "size", "attribute"],
@@ -470,7 +475,7 @@ def test_a_plain_node(core):
         "m": 16,
         "k": 100,
         "x_dtype": F16,
-        "prologue": cuda.Prologue.PLAIN,
+        "prologue": Prologue.PLAIN,
         "act_bits": 8,
         "symmetric": 1,
         "epsilon": 0.0,
@@ -508,7 +513,7 @@ def test_a_full_node(core):
     assert (quantize.inv_smooth, quantize.alpha) == (given["inv_smooth"], given["alpha"])
     assert (quantize.rank, quantize.ranks_per_gain) == (6, 3)  # of both linears, of one
     assert (quantize.frames, quantize.frame_gain, quantize.tokens_per_frame) == (4, given["frame_gain"], 2)
-    assert quantize.rotation == 4
+    assert (quantize.rotation, quantize.prologue) == (4, Prologue.GELU)
     assert (quantize.symmetric, quantize.zero, quantize.u) == (0, pieces["zero"], pieces["u"])
     assert quantize.row_sum == pieces["row_sum"]
     assert (gemm.zero, gemm.weight_sum) == (pieces["zero"], pieces["weight_sum"])

@@ -4,6 +4,8 @@
 #include <cstdio>
 #include <cstring>
 
+#include "../qvdit_kernels.h"
+
 namespace qvdit::trt {
 namespace {
 
@@ -13,7 +15,7 @@ constexpr int32_t kSegmentStep = 128;    // of qvdit_low_bit_gemm
 constexpr int32_t kMaxRotation = 1024;   // of qvdit_quantize_rows
 
 constexpr int32_t kMagic = 0x4C425651;  // "QVBL"
-constexpr int32_t kBlobVersion = 1;     // changes with kFields and with what a field means
+constexpr int32_t kBlobVersion = 2;     // changes with kFields and with what a field means
 constexpr int kHeader = 3;
 
 bool is_weight_width(int32_t bits) { return bits == 2 || bits == 3 || bits == 4 || bits == 6 || bits == 8; }
@@ -92,6 +94,10 @@ bool validate(const Attributes& attributes, Refusal& refusal) noexcept {
                   "got rotation %d of in_features %d, expected 0 or a power of two to %d that divides them: export the "
                   "model again",
                   rotation, k, kMaxRotation);
+  }
+  if (attributes.prologue != QVDIT_PLAIN && attributes.prologue != QVDIT_GELU) {
+    return refuse(refusal, "got prologue %d, expected 0 (none) or 2 (GELU): export the model again",
+                  attributes.prologue);
   }
   return validate_flags(attributes, refusal) && validate_frames(attributes, refusal);
 }

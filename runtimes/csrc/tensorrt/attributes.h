@@ -38,6 +38,7 @@ struct Attributes {
   int32_t rows;           // enum Rows
   int32_t frames;         // T; 0: no gain
   int32_t rotation;       // features a block of the Walsh-Hadamard transform that x goes through; 0: none
+  int32_t prologue;       // enum qvdit_prologue: what happens to x before it is quantized
   int32_t has_zero;       // 0 or 1: an input weight_zero follows; likewise below
   int32_t has_bias;
   int32_t has_smooth;
@@ -61,6 +62,7 @@ constexpr Field kFields[] = {
     {"rows", &Attributes::rows, false},
     {"frames", &Attributes::frames, false},
     {"rotation", &Attributes::rotation, false},
+    {"prologue", &Attributes::prologue, false},
     {"has_zero", &Attributes::has_zero, true},
     {"has_bias", &Attributes::has_bias, true},
     {"has_smooth", &Attributes::has_smooth, true},

@@ -119,7 +119,7 @@ qvdit_quantize_args quantize_args(const Attributes& attributes, const Memory& me
   args.m = rows;
   args.k = attributes.in_features;
   args.x_dtype = x_type;
-  args.prologue = QVDIT_PLAIN;
+  args.prologue = attributes.prologue;
   args.act_bits = attributes.act_bits;
   args.symmetric = attributes.act_symmetric;
   args.inv_smooth = memory.floats(kInvSmooth);

@@ -2,15 +2,18 @@
 
 TensorRT would write such a value in float32, cast it and move it before the plugin reads it; the kernels compute it in
 registers. A step between :func:`qvdit.export.precision.strongly_typed` and :func:`qvdit.export.opset.lowered`, which
-knows no Gelu any more.
+knows no Gelu any more. Symbols: L rows of K features; G modulations.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from dataclasses import dataclass
 
+import numpy as np
 import onnx
 import onnx.helper
+import onnx.numpy_helper
 from onnx import TensorProto
 
 from qvdit.contract.kernels import Prologue
@@ -18,47 +21,89 @@ from qvdit.export.functions import DOMAIN
 from qvdit.export.graph import placeholder_name
 from qvdit.export.opset import gelu
 
-_MARK = "prologue"  # a placeholder's attribute, absent where x is read as it is; the plugin's node always has it
 _LOW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+_EPSILON = 1e-5  # LayerNormalization's where it does not say
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a placeholder or the plugin's node reads, and what it computes of that before it quantizes it."""
+
+    inputs: tuple[str, ...]  # x; with a LayerNorm also the modulation's scale, without its 1, and shift: [G, 1, K]
+    prologue: Prologue = Prologue.PLAIN
+    epsilon: int = 0  # of the LayerNorm: the bits of a float32
+
+    @staticmethod
+    def of(node: onnx.NodeProto) -> Reading:
+        """The reading of a placeholder or of the plugin's node."""
+        given = {a.name: a.i for a in node.attribute if a.name in ("prologue", "epsilon")}
+        prologue = Prologue(given.get("prologue", Prologue.PLAIN))
+        count = 3 if prologue is Prologue.LAYERNORM else 1
+        return Reading(tuple(node.input[:count]), prologue, given.get("epsilon", 0))
+
+    @property
+    def attributes(self) -> dict[str, int]:
+        """The node's attributes for it."""
+        return {"prologue": int(self.prologue), "epsilon": self.epsilon}
 
 
 def with_prologues(typed: onnx.ModelProto, layers: Collection[str]) -> onnx.ModelProto:
     """A copy of a strongly typed graph in which placeholders read what the plugin's prologue reads, and say which.
 
-    layers: those that the plugin computes; no other placeholder is touched. GELU is the tanh approximation of a value
-    of the low type that such layers alone read.
+    layers: those that the plugin computes; no other placeholder is touched. Two patterns are looked for, each where
+    such layers alone read its last value, and nothing else the ones between:
+
+    - GELU, tanh approximation, of a value of the low type;
+    - a LayerNorm without weights of a float32 [G or more, L, K], · (1 + scale) + shift, both float32 [G, 1, K].
     """
     model = onnx.ModelProto()
     model.CopyFrom(typed)
     values = _Values(model.graph)
     for node in model.graph.node:
-        if node.op_type == "Gelu" and not node.domain:
-            _fuse_gelu(node, values, layers)
+        if not node.domain and node.op_type in _FUSED:
+            _FUSED[node.op_type](node, values, layers)
     _drop_unread(model.graph)
     return model
 
 
-def prologue_of(node: onnx.NodeProto) -> Prologue:
-    """The prologue of a placeholder, as :func:`with_prologues` marked it, or of the plugin's node."""
-    return next((Prologue(a.i) for a in node.attribute if a.name == _MARK), Prologue.PLAIN)
+def written_out(
+    reading: Reading, name: str, kind: int, features: int, graph: onnx.GraphProto
+) -> tuple[str, list[onnx.NodeProto]]:
+    """A prologue as nodes of opset 17, in float32, cast to ``kind``: the name of what is quantized, and the nodes.
 
-
-def written_out(x: str, name: str, kind: int, graph: onnx.GraphProto) -> tuple[str, list[onnx.NodeProto]]:
-    """GELU of x as nodes of opset 17, in float32 with Casts around it: the value's name, and the nodes.
-
-    name: what the values' names begin with. kind: the type of x and of the result. Constants are added to the graph.
+    name: what the values' names begin with. features: K. Constants are added to the graph.
     """
-    exact, curve, result = (f"{name}:prologue:{part}" for part in ("x", "gelu", "cast"))
-    nodes = [
-        onnx.helper.make_node("Cast", [x], [exact], to=TensorProto.FLOAT),
-        *gelu(onnx.helper.make_node("Gelu", [exact], [curve], approximate="tanh"), graph),
-        onnx.helper.make_node("Cast", [curve], [result], to=kind),
-    ]
-    return result, nodes
+    if reading.prologue is Prologue.PLAIN:
+        return reading.inputs[0], []
+    make, result = onnx.helper.make_node, f"{name}:prologue"
+    exact, inner = f"{result}:x", f"{result}:float"
+    nodes = [make("Cast", [reading.inputs[0]], [exact], to=TensorProto.FLOAT)]
+    if reading.prologue is Prologue.GELU:
+        nodes += gelu(make("Gelu", [exact], [inner], approximate="tanh"), graph)
+    else:
+        _, scale, shift = reading.inputs
+        ones, one = (_ones(graph, shape) for shape in ((features,), ()))
+        epsilon = float(np.array(reading.epsilon, np.int32).view(np.float32))
+        norm, factor, scaled = (f"{result}:{part}" for part in ("norm", "factor", "scaled"))
+        nodes += [
+            make("LayerNormalization", [exact, ones], [norm], axis=-1, epsilon=epsilon),
+            make("Add", [scale, one], [factor]),
+            make("Mul", [norm, factor], [scaled]),
+            make("Add", [scaled, shift], [inner]),
+        ]
+    return result, [*nodes, make("Cast", [inner], [result], to=kind)]
+
+
+def _ones(graph: onnx.GraphProto, shape: tuple[int, ...]) -> str:
+    """A float32 constant of ones, made when it is first asked for; returns its name."""
+    name = f"prologue:ones:{'x'.join(map(str, shape))}"
+    if name not in {tensor.name for tensor in graph.initializer}:
+        graph.initializer.append(onnx.numpy_helper.from_array(np.ones(shape, np.float32), name))
+    return name
 
 
 class _Values:
-    """Who writes and who reads the values of a graph, and their types."""
+    """Who writes and who reads the values of a graph, their types and shapes, and its constants."""
 
     def __init__(self, graph: onnx.GraphProto):
         self.writer = {name: node for node in graph.node for name in node.output}
@@ -68,21 +113,45 @@ class _Values:
                 self.readers.setdefault(name, []).append(node)
         self.outputs = {value.name for value in graph.output}
         held = (*graph.input, *graph.value_info, *graph.output)
-        self.types = {value.name: value.type.tensor_type.elem_type for value in held}
+        self.known = {value.name: value.type.tensor_type for value in held}
+        self.constants = {tensor.name: tensor for tensor in graph.initializer}
+
+    def type(self, name: str) -> int:
+        """TensorProto's, UNDEFINED where it is not known."""
+        return self.known[name].elem_type if name in self.known else TensorProto.UNDEFINED
+
+    def shape(self, name: str) -> list[int] | None:
+        """The extents, 0 for those that are not known; None where not even their number is."""
+        if name not in self.known or not self.known[name].HasField("shape"):
+            return None
+        return [dimension.dim_value for dimension in self.known[name].shape.dim]
+
+    def is_constant(self, name: str, value: float) -> bool:
+        """Whether a value is a constant with this number in every place."""
+        held = self.constants.get(name)
+        return held is not None and bool((onnx.numpy_helper.to_array(held) == value).all())
 
     def before_cast(self, name: str) -> str:
         """The value that a Cast made this one of, or itself."""
         writer = self.writer.get(name)
         return writer.input[0] if writer is not None and writer.op_type == "Cast" else name
 
-    def placeholders(self, name: str, layers: Collection[str], kind: int | None = None) -> list[onnx.NodeProto]:
-        """The placeholders that read a value, through a Cast or not, as ``kind``; none if anything else reads it."""
+    def only_reader(self, name: str, op_type: str) -> tuple[onnx.NodeProto, str] | None:
+        """The node of that kind that alone reads a value, once, and the other value that it reads."""
+        readers = self.readers.get(name, [])
+        if name in self.outputs or len(readers) != 1 or readers[0].domain or readers[0].op_type != op_type:
+            return None
+        (other,) = (read for read in readers[0].input if read != name)
+        return readers[0], other
+
+    def placeholders(self, name: str, layers: Collection[str]) -> list[onnx.NodeProto]:
+        """The placeholders that read a value, through a Cast or not; none if anything else reads it."""
         found: list[onnx.NodeProto] = []
         casts = [node for node in self.readers.get(name, []) if node.op_type == "Cast"]
         for read in (name, *(cast.output[0] for cast in casts)):
             direct = [node for node in self.readers.get(read, []) if node not in casts]
             ours = all(node.domain == DOMAIN and placeholder_name(node) in layers for node in direct)
-            if read in self.outputs or not ours or (direct and self.types[read] != kind):
+            if read in self.outputs or not ours:
                 return []
             found += direct
         return found
@@ -91,15 +160,71 @@ class _Values:
 def _fuse_gelu(node: onnx.NodeProto, values: _Values, layers: Collection[str]) -> None:
     x = values.before_cast(node.input[0])
     tanh = any(a.name == "approximate" and a.s == b"tanh" for a in node.attribute)
-    if not tanh or values.types.get(x) not in _LOW:
+    if tanh and values.type(x) in _LOW:
+        _mark(values.placeholders(node.output[0], layers), Reading((x,), Prologue.GELU))
+
+
+def _fuse_layer_norm(node: onnx.NodeProto, values: _Values, layers: Collection[str]) -> None:
+    modulation = _modulation(node, values)
+    if modulation is None:
         return
-    _mark(values.placeholders(node.output[0], layers, values.types[x]), x, Prologue.GELU)
+    last, scale, shift = modulation
+    placeholders = values.placeholders(last, layers)
+    # TensorRT 8.6, which knows no types between its layers, takes such a node to narrow what it reads.
+    if all(values.type(placeholder.output[0]) in _LOW for placeholder in placeholders):
+        epsilon = next((a.f for a in node.attribute if a.name == "epsilon"), _EPSILON)
+        bits = int(np.array(epsilon, np.float32).view(np.int32))
+        _mark(placeholders, Reading((node.input[0], scale, shift), Prologue.LAYERNORM, bits))
 
 
-def _mark(placeholders: Iterable[onnx.NodeProto], x: str, prologue: Prologue) -> None:
+def _modulation(norm: onnx.NodeProto, values: _Values) -> tuple[str, str, str] | None:
+    """The modulated value, scale and shift of a LayerNorm that the kernels compute with what follows; else None."""
+    given = {a.name: onnx.helper.get_attribute_value(a) for a in norm.attribute}
+    x, (weight, *bias) = norm.input[0], norm.input[1:]
+    shape, between = values.shape(x), norm.output[0]
+    if shape is None or len(shape) != 3 or given.get("axis", -1) not in (-1, 2) or len(norm.output) != 1:
+        return None
+    if not values.is_constant(weight, 1.0) or any(name and not values.is_constant(name, 0.0) for name in bias):
+        return None
+    found = values.only_reader(between, "Mul")
+    if found is None:
+        return None
+    product, factor = found
+    plus_one = values.writer.get(factor)
+    if plus_one is None or plus_one.op_type != "Add":
+        return None
+    scales = [name for name in plus_one.input if not _is_one(name, values)]
+    found = values.only_reader(product.output[0], "Add")
+    if found is None or len(scales) != 1:
+        return None
+    total, shift = found
+    (scale,), (features,) = scales, values.constants[weight].dims
+    groups = [_groups(name, features, values) for name in (scale, shift)]
+    floats = (x, between, factor, scale, shift, product.output[0], total.output[0])
+    if None in groups or groups[0] != groups[1] or any(values.type(name) != TensorProto.FLOAT for name in floats):
+        return None
+    # A known x that is known to have another number of rows of the modulation would be broadcast itself.
+    fits = groups[0] in (0, 1) or shape[0] in (0, groups[0])
+    return (total.output[0], scale, shift) if fits and shape[2] in (0, features) else None
+
+
+def _is_one(name: str, values: _Values) -> bool:
+    return values.is_constant(name, 1.0) and int(np.prod(values.constants[name].dims)) == 1
+
+
+def _groups(name: str, features: int, values: _Values) -> int | None:
+    """G of a value [G, 1, K], 0 where it is not known; None if it has another shape."""
+    shape = values.shape(name)
+    return shape[0] if shape is not None and len(shape) == 3 and shape[1:] == [1, features] else None
+
+
+_FUSED = {"Gelu": _fuse_gelu, "LayerNormalization": _fuse_layer_norm}
+
+
+def _mark(placeholders: Iterable[onnx.NodeProto], reading: Reading) -> None:
     for placeholder in placeholders:
-        placeholder.input[0] = x
-        placeholder.attribute.append(onnx.helper.make_attribute(_MARK, int(prologue)))
+        placeholder.input[:] = reading.inputs
+        placeholder.attribute.extend(onnx.helper.make_attribute(*item) for item in reading.attributes.items())
 
 
 def _drop_unread(graph: onnx.GraphProto) -> None:

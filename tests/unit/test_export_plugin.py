@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from onnx import TensorProto
 
 from qvdit.contract import ACT_BITS, WEIGHT_BITS, FrameRows, LowBitLayer, QvditError, StaticInt8Layer
+from qvdit.contract.kernels import Prologue
 from qvdit.contract.layer import arrays
 from qvdit.contract.parity import relative_error
 from qvdit.export import graph, plugin
 from qvdit.export.files import save_model
 from qvdit.export.opset import lowered
 from qvdit.export.precision import strongly_typed
-from qvdit.export.prologue import with_prologues
+from qvdit.export.prologue import Reading, with_prologues
 from qvdit.export.trace import trace
 from qvdit.method.reference import quantized_transformer
 from qvdit.models import ADAPTERS
@@ -71,6 +72,8 @@ def test_node_is_as_the_plugin_reads_it(low_bit_layer: Any) -> None:
         "frames": 4,
         "rotation": 0,
         "prologue": 0,
+        "epsilon": 0,
+        "y_type": 1,
         "has_zero": 1,
         "has_bias": 1,
         "has_smooth": 1,
@@ -299,7 +302,11 @@ def test_every_value_is_described(traced_wan: onnx.ModelProto, wan_model: Any, r
             (y,) = node.output
             n = onnx.helper.get_node_attr_value(node, "out_features")
             assert (described[y].elem_type, described[y].shape.dim[-1].dim_value) == (TensorProto.FLOAT16, n)
-            assert described[node.input[0]].elem_type == TensorProto.FLOAT16
+            reading = Reading.of(node)
+            exact = reading.prologue is Prologue.LAYERNORM
+            assert {described[name].elem_type for name in reading.inputs} == {
+                TensorProto.FLOAT if exact else TensorProto.FLOAT16
+            }
 
 
 def test_bfloat16(traced_wan: onnx.ModelProto, wan_model: Any, rtn_layers: Any) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import onnx.checker
 import onnx.helper
+import onnx.numpy_helper
 import pytest
 from onnx import TensorProto
 from test_export_plugin import in_onnxruntime
@@ -21,7 +22,7 @@ from qvdit.export.graph import placeholder_name
 from qvdit.export.layers import layers_model
 from qvdit.export.opset import lowered
 from qvdit.export.precision import LowType, strongly_typed
-from qvdit.export.prologue import prologue_of, with_prologues
+from qvdit.export.prologue import Reading, with_prologues
 
 HALF = TensorProto.FLOAT16
 K = 32
@@ -45,7 +46,7 @@ def typed_of(*nodes: onnx.NodeProto, low: LowType = "float16", **options: Any) -
 
 def marked(model: onnx.ModelProto) -> dict[str, Prologue]:
     """The prologue of each layer's placeholder."""
-    return {placeholder_name(node): prologue_of(node) for node in model.graph.node if node.domain == DOMAIN}
+    return {placeholder_name(node): Reading.of(node).prologue for node in model.graph.node if node.domain == DOMAIN}
 
 
 def types_of(model: onnx.ModelProto) -> dict[str, int]:
@@ -79,6 +80,15 @@ def test_gelu_in_the_low_type_is_taken_too() -> None:
     assert types_of(model)[model.graph.node[2].input[0]] == HALF
 
 
+@pytest.mark.parametrize("wide", ["g", "y"])
+def test_y_may_be_wider(wide: str) -> None:
+    layer = FEED_FORWARD[-1]
+    model = with_prologues(typed_of(*FEED_FORWARD, largest={wide: 1e5}), ["down"])
+    assert marked(model)["down"] is Prologue.GELU
+    types = types_of(model)
+    assert (types["a"], types[layer.output[0]]) == (HALF, TensorProto.FLOAT)
+
+
 def test_all_readers_of_a_gelu_take_it() -> None:
     model = with_prologues(
         typed_of(*FEED_FORWARD[:2], call("g", "b", "one"), call("g", "c", "two"), JOIN), ["one", "two"]
@@ -99,10 +109,8 @@ def erf(*nodes: onnx.NodeProto) -> tuple[onnx.NodeProto, ...]:
         ((*FEED_FORWARD[:2], call("g", "b", "down"), onnx.helper.make_node("Add", ["b", "g"], ["y"])), ["down"], {}),
         ((*FEED_FORWARD[:2], call("g", "b", "down"), call("g", "c", "kept"), JOIN), ["down"], {}),
         (FEED_FORWARD, ["down"], {"largest": {"a": 1e5}}),
-        (FEED_FORWARD, ["down"], {"largest": {"g": 1e5}}),
-        (FEED_FORWARD, ["down"], {"largest": {"y": 1e5}}),
     ],
-    ids=["erf", "kept", "none", "read besides", "read by a kept layer", "float32 x", "float32 GELU", "float32 y"],
+    ids=["erf", "kept", "none", "read besides", "read by a kept layer", "float32 x"],
 )
 def test_other_gelus_stay(nodes: Any, layers: Collection[str], options: Any) -> None:
     typed = typed_of(*nodes, **options)
@@ -127,41 +135,170 @@ def test_layers_with_and_without_a_prologue_stay_apart(low_bit_layer: Any) -> No
     assert [len(group) for group in plugin.same_input(model, layers)] == [1, 1]
 
 
+# LayerNorm and modulation ---------------------------------------------------------------------------------------------
+
+
+def modulated(**changes: Any) -> tuple[list[onnx.NodeProto], dict[str, np.ndarray]]:
+    """A LayerNorm of a residual stream ``r``, modulated by ``m`` [B, 2, K], and two layers: nodes and constants."""
+    make = onnx.helper.make_node
+    given = {"axis": -1, "weight": 1.0, "bias": 0.0, "one": 1.0, "sum": ("m:scale", "one"), "product": ("n", "f")}
+    given |= {"total": ("p", "m:shift")} | changes
+    nodes = [
+        make("Add", ["x", "x"], ["r"]),
+        make("Split", ["m", "halves"], ["m:scale", "m:shift"], axis=1),
+        make("LayerNormalization", ["r", "weight", "bias"], ["n"], axis=given["axis"], epsilon=1e-6),
+        make("Add", given["sum"], ["f"]),
+        make("Mul", given["product"], ["p"]),
+        make("Add", given["total"], ["t"]),
+        call("t", "b", "attn.to_k"),
+        call("t", "c", "attn.to_v"),
+        JOIN,
+    ]
+    constants = {name: np.full(K, given[name], np.float32) for name in ("weight", "bias")}
+    return nodes, constants | {"one": np.array(given["one"], np.float32), "halves": np.array([1, 1])}
+
+
+def typed_norm(
+    nodes: list[onnx.NodeProto], constants: dict[str, np.ndarray], m: Any = ("batch", 2, K), x: Any = ("batch", 4, K)
+) -> onnx.ModelProto:
+    value, single = onnx.helper.make_tensor_value_info, TensorProto.FLOAT
+    inputs = [value("x", single, x), value("m", single, m)]
+    held = [onnx.numpy_helper.from_array(array, name) for name, array in constants.items()]
+    y = value("y", single, [f"y{axis}" for axis in range(len(x))])
+    graph = onnx.helper.make_graph(nodes, "g", inputs, [y], held)
+    opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid(DOMAIN, DOMAIN_VERSION)]
+    widths = {placeholder_name(node): (K, K) for node in nodes if node.domain == DOMAIN}
+    return strongly_typed(onnx.helper.make_model(graph, opset_imports=opsets), widths)
+
+
+NAMES = ["attn.to_k", "attn.to_v"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"axis": 2},
+        {"sum": ("one", "m:scale")},
+        {"product": ("f", "n")},
+        {"total": ("m:shift", "p")},
+        {"one": [[[1.0]]]},
+    ],
+    ids=str,
+)
+def test_a_modulated_norm_goes_into_the_layers_that_read_it(changes: dict[str, Any], low_bit_layer: Any) -> None:
+    model = with_prologues(typed_norm(*modulated(**changes)), NAMES)
+    kinds = [node.op_type for node in model.graph.node]
+    assert kinds == ["Add", "Split", NODE, NODE, "Add", "Cast"]
+    readings = {Reading.of(node) for node in model.graph.node if node.domain == DOMAIN}
+    bits = int(np.float32(1e-6).view(np.int32))
+    assert readings == {Reading(("r", "m:scale", "m:shift"), Prologue.LAYERNORM, bits)}
+    assert {tensor.name for tensor in model.graph.initializer} == {"halves"}
+    # Both are one node still, whose output is of the low type although its x is float32.
+    layers = [low_bit_layer(128, K, name=name) for name in NAMES]
+    assert [len(group) for group in plugin.same_input(model, layers)] == [2]
+    written = plugin.plugin_model(model, [low_bit_layer(K, K, name=name) for name in NAMES])
+    assert {onnx.helper.get_node_attr_value(n, "y_type") for n in written.graph.node if n.domain == DOMAIN} == {1}
+
+
+def test_a_norm_without_a_bias_or_of_one_modulation_for_all() -> None:
+    nodes, constants = modulated()
+    del nodes[2].input[2]
+    model = with_prologues(typed_norm(nodes, constants, m=(1, 2, K)), NAMES)
+    assert set(marked(model).values()) == {Prologue.LAYERNORM}
+
+
+@pytest.mark.parametrize(
+    ("changes", "shapes"),
+    [
+        ({"axis": 1}, {}),
+        ({"weight": 1.5}, {}),
+        ({"bias": 0.5}, {}),
+        ({"one": 2.0}, {}),
+        ({"one": [1.0] * K}, {}),
+        ({"sum": ("one", "one")}, {}),
+        ({"product": ("n", "m:scale")}, {}),
+        ({"total": ("p", "p")}, {}),
+        ({"total": ("p", "r")}, {}),
+        ({"total": ("p", "n")}, {}),
+        ({}, {"m": ("batch", 2, 1)}),
+        ({}, {"m": ("batch", 8, K)}),
+        ({}, {"m": (3, 2, K), "x": (1, 4, K)}),
+        ({}, {"x": ("batch", 2, 4, K)}),
+    ],
+    ids=str,
+)
+def test_other_norms_stay(changes: dict[str, Any], shapes: dict[str, Any]) -> None:
+    nodes, constants = modulated(**changes)
+    if changes.get("axis") == 1:
+        constants |= {name: np.full((4, K), constants[name][0]) for name in ("weight", "bias")}
+    if shapes.get("m") == ("batch", 8, K):
+        constants["halves"] = np.array([4, 4])
+    typed = typed_norm(nodes, constants, **shapes)
+    model = with_prologues(typed, NAMES)
+    assert set(marked(model).values()) == {Prologue.PLAIN}
+    assert sum(node.op_type == "LayerNormalization" for node in model.graph.node) == 1
+
+
+@pytest.mark.parametrize("read", ["n", "p", "t"])
+def test_a_value_that_others_read_stays(read: str) -> None:
+    nodes, constants = modulated()
+    nodes[-1] = onnx.helper.make_node("Sum", ["b", "c", read], ["y"])
+    assert set(marked(with_prologues(typed_norm(nodes, constants), NAMES)).values()) == {Prologue.PLAIN}
+    nodes, constants = modulated()
+    typed = typed_norm(nodes, constants)
+    typed.graph.output.append(onnx.helper.make_tensor_value_info(read, TensorProto.FLOAT, ["batch", 4, K]))
+    assert set(marked(with_prologues(typed, NAMES)).values()) == {Prologue.PLAIN}
+
+
+@pytest.mark.parametrize("layers", [[], NAMES[:1]])
+def test_a_norm_that_a_kept_layer_reads_stays(layers: list[str]) -> None:
+    assert set(marked(with_prologues(typed_norm(*modulated()), layers)).values()) == {Prologue.PLAIN}
+
+
 # Whole models ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(params=["wan", "latte", "cogvideox"])
 def case(request: pytest.FixtureRequest, rtn_layers: Any, example_inputs: Any) -> Any:
-    """A traced graph, its layers and an example."""
+    """A family, its traced graph, layers and an example."""
     shape, text, frames = ((3, 16, 32, 32), 64, 16) if request.param == "wan" else ((4, 4, 8, 8), 24, 4)
     traced, transformer = (
         request.getfixturevalue(name) for name in (f"traced_{request.param}", f"{request.param}_model")
     )
-    return traced, rtn_layers(transformer, frames, rank=1), example_inputs(shape, text, batch=2, seed=5)
+    return request.param, traced, rtn_layers(transformer, frames, rank=1), example_inputs(shape, text, batch=2, seed=5)
 
 
 def plugin_model(typed: onnx.ModelProto, layers: tuple[LowBitLayer, ...]) -> onnx.ModelProto:
     return plugin.plugin_model(lowered(typed), layers)
 
 
-def test_every_feed_forward_network_has_its_gelu(case: Any) -> None:
-    traced, layers, inputs = case
+def test_what_a_models_layers_take_over(case: Any) -> None:
+    family, traced, layers, inputs = case
     typed = strongly_typed(traced, {layer.name: layer.shape for layer in layers})
     fused = with_prologues(typed, [layer.name for layer in layers])
-    gelus = {name for name, prologue in marked(fused).items() if prologue is Prologue.GELU}
-    assert gelus == {layer.name for layer in layers if layer.name.endswith(".net.2")}
+    found = {p: {name for name, prologue in marked(fused).items() if prologue is p} for p in Prologue}
+    assert found[Prologue.GELU] == {layer.name for layer in layers if layer.name.endswith(".net.2")}
+    # CogVideoX joins its text to what it has modulated.
+    modulated = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "net.0.proj") if family != "cogvideox" else ()
+    assert found[Prologue.LAYERNORM] == {layer.name for layer in layers if layer.name.endswith(modulated)}
     assert not any(node.op_type == "Gelu" and "_symbolic" in node.input[0] for node in fused.graph.node)
     model = plugin_model(fused, layers)
     onnx.checker.check_model(model, full_check=True)
-    found, expected = in_onnxruntime(model, inputs), in_onnxruntime(plugin_model(typed, layers), inputs)
-    np.testing.assert_array_equal(found, expected)
+    y, expected = in_onnxruntime(model, inputs), in_onnxruntime(plugin_model(typed, layers), inputs)
+    np.testing.assert_array_equal(y, expected)
 
 
 def test_single_layers_have_no_prologue(traced_latte: onnx.ModelProto, latte_model: Any, rtn_layers: Any) -> None:
     layers = rtn_layers(latte_model, 4)
     typed = strongly_typed(traced_latte, {layer.name: layer.shape for layer in layers})
     model = plugin_model(with_prologues(typed, [layer.name for layer in layers]), layers)
-    assert {prologue_of(n) for n in model.graph.node if n.domain == DOMAIN} == {Prologue.PLAIN, Prologue.GELU}
+    assert {Reading.of(n).prologue for n in model.graph.node if n.domain == DOMAIN} == set(Prologue)
     single = layers_model(model)
     assert {onnx.helper.get_node_attr_value(node, "prologue") for node in single.graph.node} == {0}
-    assert {value.type.tensor_type.elem_type for value in single.graph.input} == {HALF}
+    assert {onnx.helper.get_node_attr_value(node, "epsilon") for node in single.graph.node} == {0}
+    assert {value.type.tensor_type.elem_type for value in (*single.graph.input, *single.graph.output[::5])} == {HALF}
+    constants = {tensor.name for tensor in single.graph.initializer}
+    for node in single.graph.node:
+        assert node.input[0] == f"{node.name}:x"
+        assert set(node.input[1:]) <= constants

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_tensorrt_core import BF16, F16, F32, FULL, HERE, LAYER, OTHER, PLUGIN, S32, Tensor, addresses, tensor
+from test_tensorrt_core import BF16, F16, F32, FULL, HERE, LAYER, NORMED, OTHER, PLUGIN, S32, Tensor, addresses, tensor
 
 from qvdit.contract.packing import packed_words
 from qvdit.export.cross import header_version
@@ -138,6 +138,12 @@ def full_node(x: Tensor) -> Any:
     return (Tensor * 9)(*node(x, bits=8), *(tensor(*shape) for shape in others))
 
 
+def normed_node(x: Tensor, groups: int) -> Any:
+    modulation = tensor(F32, groups, 1, 100)
+    first, *others = full_node(x)
+    return (Tensor * 11)(first, modulation, modulation, *others)
+
+
 @pytest.fixture(scope="module", params=VERSIONS)
 def driver(request: Any, shared: Callable[..., Path]) -> Driver:
     version = request.param
@@ -165,24 +171,38 @@ def test_a_refused_layer_is_named(driver):
 
 def test_outputs_have_types_and_shapes(driver):
     plain, tested = driver.plugin(), driver.plugin(test_outputs=1)
-    assert plain.types(node(tensor(F16, -1, -1, 100))) == [TYPES[F16]]
+    assert plain.types(node(tensor(F16, -1, -1, 100))) == plain.types(node(tensor(F32, -1, -1, 100))) == [TYPES[F16]]
+    assert driver.plugin(y_type=F32).types(node(tensor(F16, -1, -1, 100))) == [TYPES[F32]]
+    assert driver.plugin(**NORMED).types(normed_node(tensor(F32, -1, -1, 100), -1)) == [TYPES[F16]]
     assert plain.shapes(node(tensor(F16, -1, -1, 100))) == [(-1, -1, 256)]
-    assert tested.types(node(tensor(F32, 2, -1, 100))) == [TYPES[t] for t in (F32, S32, F32, S32, S32)]
+    assert tested.types(node(tensor(F32, 2, -1, 100))) == [TYPES[t] for t in (F16, S32, F32, S32, S32)]
     assert tested.shapes(node(tensor(F32, 2, -1, 100))) == [(2, -1, 256), (2, -1, 32), (2, -1), (2, -1), (2, -1, 256)]
 
 
 def test_formats(driver):
-    plugin = driver.plugin()
     for dtype in (F32, F16, BF16):
+        plugin = driver.plugin(y_type=dtype)
         tensors = (Tensor * 4)(*node(tensor(dtype, 2, 8, 100)), tensor(dtype, 2, 8, 256))
         served = dtype != BF16 or driver.major >= 10
-        assert plugin.takes(0, tensors) == served
-        assert plugin.takes(3, tensors) == served or driver.major < 10
+        assert plugin.takes(0, tensors) == plugin.takes(3, tensors) == served
         assert not plugin.takes(0, tensors, form=CHW4)
         assert plugin.takes(1, tensors)
         assert plugin.takes(2, tensors)
+        tensors[0].type, tensors[3].type = F16, F16  # y's type is its own
+        assert plugin.takes(0, tensors)
+        assert plugin.takes(3, tensors) == (dtype == F16)
     tensors[1].type, tensors[2].type, tensors[3].type = F32, F16, F32
     assert not any(plugin.takes(position, tensors) for position in (1, 2, 3))
+
+
+def test_formats_of_a_node_with_a_layernorm(driver):
+    """TensorRT 8.6 chooses among formats; a float32 x must not be narrowed."""
+    plugin = driver.plugin(**NORMED)
+    tensors = (Tensor * 12)(*normed_node(tensor(F32, 2, 8, 100), 2), tensor(F16, 2, 8, 256))
+    assert all(plugin.takes(position, tensors) for position in range(12))
+    for position in (0, 1, 2):
+        tensors[position].type = F16
+        assert not plugin.takes(position, tensors)
 
 
 def test_an_x_of_integers_is_refused(driver):
@@ -197,6 +217,21 @@ def test_an_x_of_integers_is_refused(driver):
 def test_a_well_formed_node_is_built(driver, x):
     assert driver.plugin().configured(node(x))
     assert driver.plugin(**FULL).configured(full_node(x))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_node_with_a_layernorm_is_built_and_run(driver, groups):
+    plugin = driver.plugin(**NORMED)
+    assert plugin.shapes(normed_node(tensor(F32, 2, -1, 100), groups)) == [(2, -1, 256)]
+    assert plugin.configured(normed_node(tensor(F32, -1, -1, 100), -1))
+    assert plugin.configured(normed_node(tensor(F32, 2, 8, 100), groups))
+    assert not plugin.configured(normed_node(tensor(F32, 2, 8, 100), 3))
+    assert "got modulations of [3, 1, 100] and [3, 1, 100] for x of [2, 8, 100]" in driver.message
+    driver.library.fake_reset(b"", 0)
+    assert plugin.restored().enqueued(normed_node(tensor(F32, 2, 8, 100), groups))
+    quantize = cuda.QuantizeArgs.from_address(driver.library.fake_args(0))
+    assert (quantize.modulation_scale, quantize.modulation_shift) == (0x10010000, 0x10020000)
+    assert quantize.rows_per_modulation == 16 // groups
 
 
 def test_wrong_shapes_end_the_build(driver):
@@ -235,7 +270,7 @@ def test_an_engine_keeps_its_plugins(driver):
     again = original.restored()
     assert again is not None
     assert again.call("plugin_outputs") == 5
-    for bit in range(0, 68 * 8, 7):
+    for bit in range(0, 84 * 8, 7):
         assert original.restored(bit) is None
         assert driver.message.startswith('LowBitLinear "blocks.0.attn.q": got ')
     for plugin in (original, again):

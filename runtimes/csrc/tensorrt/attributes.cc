@@ -1,5 +1,6 @@
 #include "attributes.h"
 
+#include <cmath>
 #include <cstdarg>
 #include <cstdio>
 #include <cstring>
@@ -15,7 +16,7 @@ constexpr int32_t kSegmentStep = 128;    // of qvdit_low_bit_gemm
 constexpr int32_t kMaxRotation = 1024;   // of qvdit_quantize_rows
 
 constexpr int32_t kMagic = 0x4C425651;  // "QVBL"
-constexpr int32_t kBlobVersion = 2;     // changes with kFields and with what a field means
+constexpr int32_t kBlobVersion = 3;     // changes with kFields and with what a field means
 constexpr int kHeader = 3;
 
 bool is_weight_width(int32_t bits) { return bits == 2 || bits == 3 || bits == 4 || bits == 6 || bits == 8; }
@@ -32,6 +33,24 @@ bool validate_flags(const Attributes& attributes, Refusal& refusal) {
     const int32_t value = attributes.*field.value;
     if (field.flag && value != 0 && value != 1)
       return refuse(refusal, "got %s %d, expected 0 or 1: export the model again", field.name, value);
+  }
+  return true;
+}
+
+bool validate_prologue(const Attributes& attributes, Refusal& refusal) {
+  const int32_t prologue = attributes.prologue, y_type = attributes.y_type;
+  if (prologue < QVDIT_PLAIN || prologue > QVDIT_GELU) {
+    return refuse(refusal, "got prologue %d, expected 0 (none), 1 (LayerNorm) or 2 (GELU): export the model again",
+                  prologue);
+  }
+  const float epsilon = epsilon_of(attributes);
+  if (!std::isfinite(epsilon) || epsilon < 0.f) {
+    return refuse(refusal, "got epsilon %g, expected the bits of a float of 0 or more: export the model again",
+                  static_cast<double>(epsilon));
+  }
+  if (y_type < QVDIT_F32 || y_type > QVDIT_BF16) {
+    return refuse(refusal, "got y_type %d, expected 0 (float32), 1 (float16) or 2 (bfloat16): export the model again",
+                  y_type);
   }
   return true;
 }
@@ -62,6 +81,13 @@ bool refuse(Refusal& refusal, const char* format, ...) noexcept {
   std::vsnprintf(refusal.text, sizeof(refusal.text), format, arguments);
   va_end(arguments);
   return false;
+}
+
+float epsilon_of(const Attributes& attributes) noexcept {
+  float epsilon;
+  static_assert(sizeof(epsilon) == sizeof(attributes.epsilon), "a float's bits are those of an int32");
+  std::memcpy(&epsilon, &attributes.epsilon, sizeof(epsilon));
+  return epsilon;
 }
 
 bool validate(const Attributes& attributes, Refusal& refusal) noexcept {
@@ -95,11 +121,8 @@ bool validate(const Attributes& attributes, Refusal& refusal) noexcept {
                   "model again",
                   rotation, k, kMaxRotation);
   }
-  if (attributes.prologue != QVDIT_PLAIN && attributes.prologue != QVDIT_GELU) {
-    return refuse(refusal, "got prologue %d, expected 0 (none) or 2 (GELU): export the model again",
-                  attributes.prologue);
-  }
-  return validate_flags(attributes, refusal) && validate_frames(attributes, refusal);
+  return validate_prologue(attributes, refusal) && validate_flags(attributes, refusal) &&
+         validate_frames(attributes, refusal);
 }
 
 bool read_attributes(Find find, const void* source, Attributes& attributes, Refusal& refusal) noexcept {

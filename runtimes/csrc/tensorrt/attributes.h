@@ -39,6 +39,8 @@ struct Attributes {
   int32_t frames;         // T; 0: no gain
   int32_t rotation;       // features a block of the Walsh-Hadamard transform that x goes through; 0: none
   int32_t prologue;       // enum qvdit_prologue: what happens to x before it is quantized
+  int32_t epsilon;        // of the LayerNorm: the bits of a float
+  int32_t y_type;         // enum qvdit_dtype: float32, float16 or bfloat16
   int32_t has_zero;       // 0 or 1: an input weight_zero follows; likewise below
   int32_t has_bias;
   int32_t has_smooth;
@@ -63,6 +65,8 @@ constexpr Field kFields[] = {
     {"frames", &Attributes::frames, false},
     {"rotation", &Attributes::rotation, false},
     {"prologue", &Attributes::prologue, false},
+    {"epsilon", &Attributes::epsilon, false},
+    {"y_type", &Attributes::y_type, false},
     {"has_zero", &Attributes::has_zero, true},
     {"has_bias", &Attributes::has_bias, true},
     {"has_smooth", &Attributes::has_smooth, true},
@@ -73,6 +77,9 @@ static_assert(sizeof(Attributes) == kFieldCount * sizeof(int32_t), "a field is m
 
 // S.
 inline int32_t segments(const Attributes& attributes) { return attributes.out_features / attributes.segment; }
+
+// The epsilon that the attribute holds.
+float epsilon_of(const Attributes& attributes) noexcept;
 
 // Whether the kernels serve such a node.
 bool validate(const Attributes& attributes, Refusal& refusal) noexcept;

@@ -42,10 +42,10 @@ ShapeText shape_text(const int64_t* dims, int32_t rank) {
   return shape;
 }
 
-bool fits(int64_t extent, int64_t expected) { return extent == kUnknown || extent == expected; }
+bool fits(int64_t extent, int64_t expected) { return extent == kUnknown || expected == kUnknown || extent == expected; }
 
 bool check_type(const InputPort& port, int32_t type, Refusal& refusal) {
-  if (port.input == kX) {
+  if (port.type == kOtherType) {
     return is_float(type) ||
            refuse(refusal, "got x of %s, expected float16, bfloat16 or float32: cast it", type_name(type));
   }
@@ -67,6 +67,20 @@ bool check_constant(const InputPort& port, const Tensor& tensor, Refusal& refusa
   if (same) return true;
   return refuse(refusal, "got %s of %s, expected %s: export the model again", port.name,
                 shape_text(tensor.dims, tensor.rank).text, shape_text(port.dims, port.rank).text);
+}
+
+bool is_layernorm(const Attributes& attributes) { return attributes.prologue == QVDIT_LAYERNORM; }
+
+// Whether a modulation of G rows belongs to x. Scale and shift share rows_per_modulation, so both are to have the same.
+bool check_modulation(const Tensor* inputs, Refusal& refusal) {
+  const Tensor &x = inputs[kX], &scale = inputs[kModulationScale], &shift = inputs[kModulationShift];
+  const int64_t rows = scale.dims[0];
+  if (fits(shift.dims[0], rows) && (fits(rows, 1) || (x.rank == 3 && fits(x.dims[0], rows)))) return true;
+  return refuse(refusal,
+                "got modulations of %s and %s for x of %s, expected [G, 1, K] for [G, L, K], or [1, 1, K]: export the "
+                "model again",
+                shape_text(scale.dims, scale.rank).text, shape_text(shift.dims, shift.rank).text,
+                shape_text(x.dims, x.rank).text);
 }
 
 // 8-bit weights take no zero points: a difference of two 8-bit integers needs 9 bits.
@@ -112,18 +126,26 @@ qvdit_unpack_args unpack_args(const Attributes& attributes, const Memory& memory
   return args;
 }
 
-qvdit_quantize_args quantize_args(const Attributes& attributes, const Memory& memory, int32_t x_type, int64_t rows,
-                                  int64_t tokens) {
+qvdit_quantize_args quantize_args(const Attributes& attributes, const Memory& memory, const Tensor* inputs,
+                                  int64_t rows, int64_t tokens) {
+  const Tensor& x = inputs[kX];
   qvdit_quantize_args args = {};
   args.x = memory.input[kX];
   args.m = rows;
   args.k = attributes.in_features;
-  args.x_dtype = x_type;
+  args.x_dtype = x.type;
   args.prologue = attributes.prologue;
   args.act_bits = attributes.act_bits;
   args.symmetric = attributes.act_symmetric;
   args.inv_smooth = memory.floats(kInvSmooth);
   args.rotation = attributes.rotation;
+  if (is_layernorm(attributes)) {
+    args.modulation_scale = memory.floats(kModulationScale);
+    args.modulation_shift = memory.floats(kModulationShift);
+    args.modulation_stride = attributes.in_features;
+    args.rows_per_modulation = inputs[kModulationScale].dims[0] == 1 ? rows : x.dims[x.rank - 2];
+    args.epsilon = epsilon_of(attributes);
+  }
   args.frames = attributes.frames;
   args.frame_gain = memory.floats(kFrameGain);
   args.tokens_per_frame = tokens;
@@ -138,7 +160,7 @@ qvdit_quantize_args quantize_args(const Attributes& attributes, const Memory& me
   return args;
 }
 
-qvdit_gemm_args gemm_args(const Attributes& attributes, const Memory& memory, int32_t y_type, int64_t rows) {
+qvdit_gemm_args gemm_args(const Attributes& attributes, const Memory& memory, int64_t rows) {
   qvdit_gemm_args args = {};
   args.x_q = static_cast<const int8_t*>(memory.piece[kPieceXq]);
   args.weight = static_cast<const int8_t*>(memory.piece[kPieceWeight]);
@@ -161,7 +183,7 @@ qvdit_gemm_args gemm_args(const Attributes& attributes, const Memory& memory, in
   args.segment = attributes.segment;
   args.bias = memory.floats(kBias);
   args.y = memory.output[kY];
-  args.y_dtype = y_type;
+  args.y_dtype = attributes.y_type;
   args.tile = QVDIT_TILE_AUTO;
   return args;
 }
@@ -193,7 +215,11 @@ InputPorts input_ports(const Attributes& attributes) noexcept {
   const auto add = [&ports](bool present, const InputPort& port) {
     if (present) ports.port[ports.count++] = port;
   };
-  add(true, {kX, "x", kOtherType, 2, {kUnknown, kUnknown}});
+  const bool layernorm = is_layernorm(attributes);
+  // Not half-precision: TensorRT 8.6 would be free to narrow a residual stream that is float32 to hold what it holds.
+  add(true, {kX, "x", layernorm ? static_cast<int32_t>(QVDIT_F32) : kOtherType, 2, {kUnknown, kUnknown}});
+  add(layernorm, {kModulationScale, "modulation_scale", QVDIT_F32, 3, {kUnknown, 1, k}});
+  add(layernorm, {kModulationShift, "modulation_shift", QVDIT_F32, 3, {kUnknown, 1, k}});
   add(true, {kWords, "words", QVDIT_S32, 2, {n, attributes.weight_bits * padded(k) / 32}});
   add(true, {kWeightScale, "weight_scale", QVDIT_F32, 1, {n, 0}});
   add(attributes.has_zero, {kWeightZero, "weight_zero", QVDIT_S32, 1, {(n + 3) / 4, 0}});
@@ -218,7 +244,7 @@ OutputPort output_port(const Attributes& attributes, int output) noexcept {
     case kAcc:
       return {QVDIT_S32, attributes.out_features};
     default:
-      return {kOtherType, attributes.out_features};
+      return {attributes.y_type, attributes.out_features};
   }
 }
 
@@ -241,7 +267,7 @@ bool check_inputs(const Attributes& attributes, const Tensor* inputs, int count,
     if (!check_type(port, inputs[i].type, refusal)) return false;
     if (!(i == kX ? check_x(attributes, inputs[i], refusal) : check_constant(port, inputs[i], refusal))) return false;
   }
-  return true;
+  return !is_layernorm(attributes) || check_modulation(inputs, refusal);
 }
 
 int64_t row_count(const Tensor& x) noexcept {
@@ -317,11 +343,11 @@ bool run(const Attributes& attributes, const Tensor* descriptions, const void* c
   if (!tokens_per_frame(attributes, x.dims[x.rank - 2], tokens, refusal)) return false;
   const Memory memory = memory_of(attributes, rows, inputs, outputs, workspace);
 
-  const qvdit_quantize_args quantize = quantize_args(attributes, memory, x.type, rows, tokens);
+  const qvdit_quantize_args quantize = quantize_args(attributes, memory, descriptions, rows, tokens);
   if (!succeeded(qvdit_quantize_rows(&quantize, stream), refusal)) return false;
   const qvdit_unpack_args unpack = unpack_args(attributes, memory);
   if (!succeeded(qvdit_unpack_weight(&unpack, stream), refusal)) return false;
-  qvdit_gemm_args gemm = gemm_args(attributes, memory, x.type, rows);
+  qvdit_gemm_args gemm = gemm_args(attributes, memory, rows);
   if (!succeeded(qvdit_low_bit_gemm(&gemm, stream), refusal)) return false;
   if (!attributes.test_outputs) return true;
   gemm.y = memory.output[kAcc];

@@ -3,7 +3,7 @@
 // Nothing here allocates or throws.
 //
 // Symbols: x [..., L, K], M rows in all; K_pad the next multiple of 32; N, S, R, T as in attributes.h; P rows of a
-// frame.
+// frame; G rows of the modulation, one for each [L, K] of an x [G, L, K], or 1.
 #pragma once
 
 #include "../qvdit_kernels.h"
@@ -23,21 +23,23 @@ struct Tensor {
 
 // What can be an input, in the order in which those that a node has follow each other.
 enum Input {
-  kX,            // float [..., L, K]
-  kWords,        // int32 [N, b · K_pad / 32]: qvdit/contract/packing.py's
-  kWeightScale,  // float32 [N]
-  kWeightZero,   // int32 [ceil(N / 4)]: int8 [N], four to a word, little-endian
-  kBias,         // float32 [N]
-  kInvSmooth,    // float32 [K]
-  kAlpha,        // float32 [S · R, K]
-  kBeta,         // float32 [R, N]
-  kFrameGain,    // float32 [S, T]
+  kX,                // float [..., L, K]. LayerNorm: float32, as the graph's own would read it
+  kModulationScale,  // float32 [G, 1, K], without the 1 that is added to it. LayerNorm
+  kModulationShift,  // float32 [G, 1, K]. LayerNorm
+  kWords,            // int32 [N, b · K_pad / 32]: qvdit/contract/packing.py's
+  kWeightScale,      // float32 [N]
+  kWeightZero,       // int32 [ceil(N / 4)]: int8 [N], four to a word, little-endian
+  kBias,             // float32 [N]
+  kInvSmooth,        // float32 [K]
+  kAlpha,            // float32 [S · R, K]
+  kBeta,             // float32 [R, N]
+  kFrameGain,        // float32 [S, T]
   kInputs
 };
 
 // Those outputs that a node has come in this order; all but y with test_outputs only.
 enum Output {
-  kY,      // x's type [..., L, N]
+  kY,      // y_type [..., L, N]
   kXq,     // int32 [..., L, K_pad / 4]: int8 [K_pad], four to a word, little-endian; asymmetric ones less 128
   kScale,  // float32 [..., L]
   kZero,   // int32 [..., L]: of what kXq holds; 0 where symmetric
@@ -48,9 +50,9 @@ enum Output {
 struct InputPort {
   Input input;
   const char* name;
-  int32_t type;     // enum qvdit_dtype; kX: any of the three float types
+  int32_t type;     // enum qvdit_dtype; kOtherType: any of the three float types
   int32_t rank;     // kX: 2 or more
-  int64_t dims[2];  // kX: kUnknown
+  int64_t dims[3];  // kUnknown: any extent
 };
 
 struct InputPorts {
@@ -62,7 +64,7 @@ struct InputPorts {
 InputPorts input_ports(const Attributes& attributes) noexcept;
 
 struct OutputPort {
-  int32_t type;     // enum qvdit_dtype; kOtherType: that of x
+  int32_t type;     // enum qvdit_dtype
   int64_t columns;  // the last extent, after those of x but its last; 0: there is none
 };
 

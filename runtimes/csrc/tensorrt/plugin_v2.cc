@@ -39,7 +39,7 @@ class LowBitLinear final : public IPluginV2DynamicExt {
 
   DataType getOutputDataType(int32_t index, const DataType* types, int32_t) const noexcept override {
     layer_.accepts_types(types, 1);  // what is wrong is logged; no format will be found for it
-    return layer_.output_type(index, types[kX]);
+    return layer_.output_type(index);
   }
 
   DimsExprs getOutputDimensions(int32_t index, const DimsExprs* inputs, int32_t count,
@@ -51,7 +51,7 @@ class LowBitLinear final : public IPluginV2DynamicExt {
 
   bool supportsFormatCombination(int32_t position, const PluginTensorDesc* tensors, int32_t,
                                  int32_t) noexcept override {
-    return !refused_ && layer_.takes(position, tensors[position], tensors[kX].type);
+    return !refused_ && layer_.takes(position, tensors[position]);
   }
 
   void configurePlugin(const DynamicPluginTensorDesc* inputs, int32_t count, const DynamicPluginTensorDesc*,

@@ -62,7 +62,7 @@ class LowBitLinear final : public IPluginV3,
   int32_t getOutputDataTypes(DataType* outputs, int32_t output_count, const DataType* inputs,
                              int32_t count) const noexcept override {
     if (!layer_.accepts_types(inputs, count)) return status(false);
-    for (int i = 0; i < output_count; ++i) outputs[i] = layer_.output_type(i, inputs[kX]);
+    for (int i = 0; i < output_count; ++i) outputs[i] = layer_.output_type(i);
     return status(true);
   }
 
@@ -76,7 +76,7 @@ class LowBitLinear final : public IPluginV3,
 
   bool supportsFormatCombination(int32_t position, const DynamicPluginTensorDesc* tensors, int32_t,
                                  int32_t) noexcept override {
-    return layer_.takes(position, tensors[position].desc, tensors[kX].desc.type);
+    return layer_.takes(position, tensors[position].desc);
   }
 
   int32_t configurePlugin(const DynamicPluginTensorDesc* inputs, int32_t count, const DynamicPluginTensorDesc*,

@@ -34,8 +34,6 @@ Tensor tensor_of(DataType type, const nvinfer1::Dims& dims) {
 
 int limited(int count) { return count < kInputs ? count : static_cast<int>(kInputs); }
 
-DataType tensorrt_type(int32_t type) { return type == QVDIT_S32 ? DataType::kINT32 : DataType::kFLOAT; }
-
 const int32_t* find_attribute(const void* source, const char* name) {
   const PluginField* field = find_field(static_cast<const PluginFieldCollection*>(source), name);
   return field && field->length == 1 ? static_cast<const int32_t*>(field->data) : nullptr;
@@ -82,20 +80,19 @@ bool Layer::accepts_shapes(const Tensor* inputs, int count) const noexcept {
   return (check_shapes(attributes_, inputs, count, refusal) || report(name_, refusal)) && accepts_device();
 }
 
-bool Layer::takes(int position, const PluginTensorDesc& tensor, DataType x_type) const noexcept {
+bool Layer::takes(int position, const PluginTensorDesc& tensor) const noexcept {
   if (tensor.format != nvinfer1::TensorFormat::kLINEAR) return false;
   const InputPorts ports = input_ports(attributes_);
   const int32_t type = kernel_type(tensor.type);
-  if (position == 0) return type == QVDIT_F16 || type == QVDIT_BF16 || type == QVDIT_F32;
-  if (position < ports.count) return type == ports.port[position].type;
+  if (position < ports.count) {
+    const int32_t wanted = ports.port[position].type;
+    return wanted == kOtherType ? type == QVDIT_F16 || type == QVDIT_BF16 || type == QVDIT_F32 : type == wanted;
+  }
   const int output = position - ports.count;
-  return output < output_count(attributes_) && tensor.type == output_type(output, x_type);
+  return output < output_count(attributes_) && type == output_port(attributes_, output).type;
 }
 
-DataType Layer::output_type(int output, DataType x_type) const noexcept {
-  const int32_t type = output_port(attributes_, output).type;
-  return type == kOtherType ? x_type : tensorrt_type(type);
-}
+DataType Layer::output_type(int output) const noexcept { return tensorrt_type(output_port(attributes_, output).type); }
 
 DimsExprs Layer::output_shape(int output, const DimsExprs& x, nvinfer1::IExprBuilder& builder) const noexcept {
   const int64_t columns = output_port(attributes_, output).columns;
@@ -130,7 +127,8 @@ Tensors::Tensors(const DynamicPluginTensorDesc* descriptions, int count, bool la
 Tensors::Tensors(const DimsExprs* shapes, int count, const Attributes& attributes) noexcept {
   const InputPorts ports = input_ports(attributes);
   for (int i = 0; i < limited(count); ++i) {
-    tensor[i].type = i == 0 || i >= ports.count ? static_cast<int32_t>(QVDIT_F32) : ports.port[i].type;
+    const int32_t wanted = i < ports.count ? ports.port[i].type : kOtherType;
+    tensor[i].type = wanted == kOtherType ? static_cast<int32_t>(QVDIT_F32) : wanted;
     tensor[i].rank = shapes[i].nbDims;
     for (int d = 0; d < shapes[i].nbDims && d < kMaxDims; ++d) {
       const auto* extent = shapes[i].d[d];

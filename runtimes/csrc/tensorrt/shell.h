@@ -26,10 +26,10 @@ class Layer {
   // For inputs as they are at run time, and the current device.
   bool accepts_shapes(const Tensor* inputs, int count) const noexcept;
 
-  // Whether input or output ``position``, counted through both, may be of a type and format; x_type: that of input 0.
-  bool takes(int position, const nvinfer1::PluginTensorDesc& tensor, nvinfer1::DataType x_type) const noexcept;
+  // Whether input or output ``position``, counted through both, may be of a type and format.
+  bool takes(int position, const nvinfer1::PluginTensorDesc& tensor) const noexcept;
 
-  nvinfer1::DataType output_type(int output, nvinfer1::DataType x_type) const noexcept;
+  nvinfer1::DataType output_type(int output) const noexcept;
   nvinfer1::DimsExprs output_shape(int output, const nvinfer1::DimsExprs& x,
                                    nvinfer1::IExprBuilder& builder) const noexcept;
 
@@ -49,7 +49,7 @@ struct Tensors {
   Tensors(const nvinfer1::PluginTensorDesc* descriptions, int count) noexcept;
   // As known so far, or at a profile's largest.
   Tensors(const nvinfer1::DynamicPluginTensorDesc* descriptions, int count, bool largest = false) noexcept;
-  // Shapes alone: types are those that a node wants, float32 for x.
+  // Shapes alone: types are those that a node wants, float32 where it takes several.
   Tensors(const nvinfer1::DimsExprs* shapes, int count, const Attributes& attributes) noexcept;
 };
 

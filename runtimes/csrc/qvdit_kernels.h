@@ -141,7 +141,7 @@ struct qvdit_attention_args {
   int64_t q_batch, q_row, q_head;    // elements from one to the next, multiples of 8
   int64_t k_batch, k_row, k_head;
   int64_t v_batch, v_row, v_head;
-  float scale;    // finite
+  float scale;    // positive
   int32_t dtype;  // QVDIT_F16 or QVDIT_BF16
   void* y;        // [B, L, H · D] of dtype, dense; 16-byte aligned
 };

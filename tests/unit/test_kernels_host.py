@@ -101,12 +101,13 @@ def test_quotients_of_any_size_are_rounded_as_a_division_is(host, divisor, seed,
 
 
 def test_python_repeats_the_argument_structs(host):
-    sizes = (ctypes.c_int64 * 3)()
+    structs = (cuda.QuantizeArgs, cuda.UnpackArgs, cuda.GemmArgs, cuda.AttentionArgs)
+    sizes = (ctypes.c_int64 * len(structs))()
     host.qvdit_host_struct_sizes(sizes)
-    assert list(sizes) == [ctypes.sizeof(s) for s in (cuda.QuantizeArgs, cuda.UnpackArgs, cuda.GemmArgs)]
+    assert list(sizes) == [ctypes.sizeof(struct) for struct in structs]
     header = (CSRC / "qvdit_kernels.h").read_text()
-    for struct in (cuda.QuantizeArgs, cuda.UnpackArgs, cuda.GemmArgs):
-        name = {"QuantizeArgs": "quantize", "UnpackArgs": "unpack", "GemmArgs": "gemm"}[struct.__name__]
+    for struct in structs:
+        name = struct.__name__.removesuffix("Args").lower()
         body = header.split(f"struct qvdit_{name}_args {{")[1].split("\n};")[0]
         code = " ".join(line.split("//")[0] for line in body.splitlines())
         declared = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -16,14 +17,17 @@ EPSILON = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # of rounding to n
 SIZES = [8, 16, 32, 40, 48, 56, 64, 72, 80, 96, 104, 128]
 
 
-def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, **other: Any) -> torch.Tensor:
-    """y [B, L, H, D] of q [B, L, H, D], k and v [B, S, H, D], whatever their strides."""
+def run(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, other: Mapping[str, Any] | None = None
+) -> torch.Tensor:
+    """y [B, L, H, D] of q [B, L, H, D], k and v [B, S, H, D], whatever their strides. other: arguments to replace."""
     batch, rows, heads, size = q.shape
     y = torch_ops._new(q, (batch, rows, heads, size), q.dtype)
     strides = {f"{n}_{axis}": x.stride(i) for n, x in (("q", q), ("k", k), ("v", v)) for i, axis in enumerate(AXES)}
     pointers = {"q": q.data_ptr(), "k": k.data_ptr(), "v": v.data_ptr(), "y": y.data_ptr()}
     sizes = {"batch": batch, "heads": heads, "rows": rows, "keys": k.shape[1], "head_size": size}
-    given = {**pointers, **sizes, **strides, "scale": scale, "dtype": TYPES.get(q.dtype, cuda.Dtype.F32), **other}
+    given = {**pointers, **sizes, **strides, "scale": scale, "dtype": TYPES[q.dtype]}
+    given |= other or {}
     cuda.library().attention(cuda.AttentionArgs(**given), torch.cuda.current_stream().cuda_stream)
     return y
 
@@ -121,10 +125,10 @@ def test_refusals() -> None:
         ({"y": None}, "must be given"),
     ):
         with pytest.raises(QvditError, match=said):
-            run(q, k, v, **{"scale": 0.1, **wrong})
+            run(q, k, v, 0.1, wrong)
     for nothing in itertools.product((0, 1), repeat=2):
         if not all(nothing):
-            run(q, k, v, 0.1, batch=nothing[0], rows=nothing[1])
+            run(q, k, v, 0.1, {"batch": nothing[0], "rows": nothing[1]})
 
 
 def test_large_enough_for_every_wave() -> None:

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/attention.py --out attention.json
 
-A row a shape and candidate: ``qvdit``, ``sdpa`` (what PyTorch chooses), ``flash`` (its FlashAttention-2) and ``unfused``
-(product, softmax, product: what TensorRT 8.6 makes of it between plugin nodes). ``ms`` is the median, ``spread`` the
-interquartile range over it; ``tops`` counts 4 L S D a head.
+A row a shape and candidate: ``qvdit``, ``sdpa`` (what PyTorch chooses), ``flash`` (its FlashAttention-2) and
+``unfused`` (product, softmax, product: what TensorRT 8.6 makes of it between plugin nodes). ``ms`` is the median,
+``spread`` the interquartile range over it; ``tops`` counts 4 L S D a head.
 """
 
 from __future__ import annotations
@@ -83,13 +83,13 @@ def measure(shape: Shape) -> list[dict[str, object]]:
     generator = torch.Generator("cuda").manual_seed(0)
     sizes = [(shape.batch, length, shape.heads, shape.size) for length in (shape.rows, shape.keys, shape.keys)]
     q, k, v = (torch.randn(size, generator=generator, device="cuda", dtype=torch.float16) for size in sizes)
-    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+    by_head = (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     y = torch.empty_like(q)
     calls: dict[str, Callable[[int], object]] = {
         "qvdit": lambda _: ours(q, k, v, y),
-        "sdpa": lambda _: SDPA(*heads_first),
-        "flash": lambda _: flash(*heads_first),
-        "unfused": lambda _: unfused(*heads_first),
+        "sdpa": lambda _: SDPA(*by_head),
+        "flash": lambda _: flash(*by_head),
+        "unfused": lambda _: unfused(*by_head),
     }
     timers = {name: captured(call, CALLS, torch.cuda.graph_pool_handle()) for name, call in calls.items()}
     operations = 4.0 * shape.batch * shape.heads * shape.rows * shape.keys * shape.size

@@ -23,7 +23,7 @@ from qvdit.runtimes import cuda
 HERE = Path(__file__).parent / "csrc"
 PLUGIN = Path(__file__).parents[2] / "runtimes" / "csrc" / "tensorrt"
 FLAGS = ("-std=c++17", "-O1", "-fno-exceptions", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC")
-CORE = (PLUGIN / "attributes.cc", PLUGIN / "low_bit_core.cc")
+CORE = tuple(PLUGIN / f"{name}.cc" for name in ("node", "attributes", "low_bit_core", "attention_core"))
 
 LAYER = {
     "in_features": 100,
@@ -59,7 +59,16 @@ FULL = LAYER | {
     "has_bias": 1,
     "has_smooth": 1,
 }
-# The same with a LayerNorm and its modulation.
+ATTENTION = {
+    "heads": 3,
+    "head_size": 16,
+    "packed": 0,
+    "q_layout": 0,
+    "k_layout": 0,
+    "v_layout": 0,
+    "scale": 1048576000,  # 0.25
+}
+# The same as FULL with a LayerNorm and its modulation.
 EPSILON = 1e-6
 
 

@@ -18,7 +18,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_tensorrt_core import BF16, F16, F32, FULL, HERE, LAYER, NORMED, OTHER, PLUGIN, S32, Tensor, addresses, tensor
+from test_tensorrt_core import (
+    ATTENTION,
+    BF16,
+    F16,
+    F32,
+    FULL,
+    HERE,
+    LAYER,
+    NORMED,
+    OTHER,
+    PLUGIN,
+    S32,
+    Tensor,
+    addresses,
+    tensor,
+)
 
 from qvdit.contract.packing import packed_words
 from qvdit.export.cross import header_version
@@ -77,14 +92,21 @@ class Driver:
         """The last one logged."""
         return self.library.plugin_message().decode()
 
-    def create(self, layer: dict[str, int], name: bytes = b"blocks.0.attn.q") -> Plugin | None:
+    def create(
+        self, layer: dict[str, int], name: bytes = b"blocks.0.attn.q", kind: bytes = b"LowBitLinear"
+    ) -> Plugin | None:
         names = (ctypes.c_char_p * len(layer))(*(n.encode() for n in layer))
         values = (ctypes.c_int32 * len(layer))(*layer.values())
-        made = self.library.plugin_create(name, names, values, len(layer))
+        made = self.library.plugin_create(kind, name, names, values, len(layer))
         return Plugin(self, made) if made else None
 
     def plugin(self, **changes: int) -> Plugin:
         made = self.create(LAYER | changes)
+        assert made is not None, self.message
+        return made
+
+    def attention(self, **changes: int) -> Plugin:
+        made = self.create(ATTENTION | changes, b"attn", b"HeadwiseAttention")
         assert made is not None, self.message
         return made
 
@@ -328,7 +350,8 @@ try:
 except OSError as error:
     sys.exit(f"skip: {{error}}")
 driver = tests.Driver(ctypes.CDLL({str(tmp_path / "plugin" / "lib.so")!r}))
-assert driver.library.plugin_has_creator()
+assert driver.library.plugin_has_creator(b"LowBitLinear")
+assert driver.library.plugin_has_creator(b"HeadwiseAttention")
 assert driver.library.qvdit_register_plugins() == 1
 assert driver.create(tests.LAYER | {{"act_bits": 4}}) is None
 plugin = driver.plugin(**tests.FULL)

@@ -1,7 +1,7 @@
 """Attention as the plugin's node, which never holds the scores: what TensorRT leaves apart between nodes of a plugin.
 
 A step between :func:`qvdit.export.prologue.with_prologues` and :func:`qvdit.export.opset.lowered`, and a second one,
-:func:`packed`, once queries, keys and values are one product. Symbols: B batch, L rows of queries, S rows of keys and
+:func:`pack`, once queries, keys and values are one product. Symbols: B batch, L rows of queries, S rows of keys and
 values, H heads of D features.
 """
 
@@ -85,12 +85,12 @@ class _Finder:
         joined, scaled = self.joined(last), self.scaled(scores.input[0])
         if low not in LARGEST or any(values.type(name) != low for name in between) or not joined or not scaled:
             return {}
-        queries, scale = scaled
+        queries, factor = scaled
         found = (self.source(queries), self.keys(scores.input[1]), self.source(product.input[1]))
         sources = [source for source in found if source is not None and self.fits(source, low)]
         if len(sources) != 3 or not self.suits(*sources, joined):
             return {}
-        return {joined: self.made(sources, scale, low, joined)}
+        return {joined: self.made(sources, _exact(factor, sources[0]), low, joined)}
 
     def made(self, sources: Sequence[_Source], scale: float, low: int, y: str) -> list[onnx.NodeProto]:
         """The node that writes ``y``, and Casts of what is not in the low type before it."""
@@ -124,16 +124,16 @@ class _Finder:
         reshape = self.values.only_reader(transpose.output[0], "Reshape")
         return reshape.output[0] if reshape is not None else None
 
-    def scaled(self, name: str) -> tuple[str, float] | None:
-        """What a scalar constant scales, and the constant in float32."""
+    def scaled(self, name: str) -> tuple[str, np.ndarray] | None:
+        """What a positive scalar constant scales, and the constant, of its own type."""
         mul = self.values.writer.get(self.uncast(name))
         if mul is None or mul.op_type != "Mul" or mul.domain:
             return None
         for factor, other in (mul.input, reversed(mul.input)):
             held = self.values.constants.get(factor)
             if held is not None and int(np.prod(held.dims)) == 1 and len(held.dims) <= 4:
-                scale = float(onnx.numpy_helper.to_array(held).astype(np.float32).reshape(()))
-                return (other, scale) if np.isfinite(scale) else None
+                scale = onnx.numpy_helper.to_array(held).reshape(())
+                return (other, scale) if np.isfinite(scale) and scale > 0 else None
         return None
 
     def keys(self, name: str) -> _Source | None:
@@ -203,6 +203,12 @@ class _Finder:
         """The value that a Cast between floating-point types made this one of, or itself."""
         inner = self.values.before_cast(name)
         return inner if self.values.type(inner) in (TensorProto.FLOAT, *LARGEST) else name
+
+
+def _exact(factor: np.ndarray, queries: _Source) -> float:
+    """A scale in float32, before it was rounded to the low type if it is the usual one."""
+    usual = 1 / np.sqrt(queries.extents[-1])
+    return float(usual if usual.astype(factor.dtype) == factor else factor)
 
 
 def _attribute(node: onnx.NodeProto, name: str, default: object = None) -> object:
@@ -307,26 +313,27 @@ def _wider(one: Extent, other: Extent) -> Extent:
 # Packed inputs --------------------------------------------------------------------------------------------------------
 
 
-def packed(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of a model in which attention reads queries, keys and values, or the latter two, as one node writes them.
+def pack(graph: onnx.GraphProto) -> None:
+    """Have attention read queries, keys and values, or the latter two, as one node writes them, and no Split.
 
-    Wherever they alone read a product's parts in their order: [B, L, 3·H·D] or [B, S, 2·H·D], and no Split any more.
+    That is wherever they alone read a product's parts in their order: [B, L, 3·H·D] or [B, S, 2·H·D].
     """
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
-    values = Values(result.graph)
+    values = Values(graph)
     nodes: list[onnx.NodeProto] = []
-    for node in result.graph.node:
+    gone: set[str] = set()  # values and constants that nothing reads any more
+    for node in graph.node:
         if node.domain == DOMAIN and node.op_type == ATTENTION:
-            nodes += _pack(node, result.graph, values)
+            nodes += _pack(node, graph, values, gone)
         nodes.append(node)
-    del result.graph.node[:]
-    result.graph.node.extend(nodes)
-    drop_unread(result.graph)
-    return result
+    del graph.node[:]
+    graph.node.extend(node for node in nodes if node.output[0] not in gone)
+    for described in (graph.value_info, graph.initializer):  # one by one: constants may be large
+        for index in reversed(range(len(described))):
+            if described[index].name in gone:
+                del described[index]
 
 
-def _pack(node: onnx.NodeProto, graph: onnx.GraphProto, values: Values) -> list[onnx.NodeProto]:
+def _pack(node: onnx.NodeProto, graph: onnx.GraphProto, values: Values, gone: set[str]) -> list[onnx.NodeProto]:
     """Have a node read a whole product, if its parts come of one; returns what it needs before it."""
     features = _integer(node, "heads") * _integer(node, "head_size")
     for count in (3, 2):
@@ -338,21 +345,19 @@ def _pack(node: onnx.NodeProto, graph: onnx.GraphProto, values: Values) -> list[
         if split is None or split.op_type != "Split" or list(split.output) != parts or len(split.input) != 2:
             continue
         whole, sizes = split.input[0], values.constants.get(split.input[1])
-        axis, shape = _attribute(split, "axis", 0), values.shape(whole)
         alone = all(len(values.readers[name]) == 1 and name not in values.outputs for name in {*parts, *reads})
         if sizes is None or set(onnx.numpy_helper.to_array(sizes)) != {features} or not alone:
             continue
-        if shape is None or len(shape) != 3 or axis not in (-1, 2):
+        if len(values.shape(whole) or ()) != 3 or _attribute(split, "axis", 0) not in (-1, 2):
             continue
         before: list[onnx.NodeProto] = []
         if shaped:
-            if len({(r.input[1], _integer(r, "allowzero")) for r in reshapes}) != 1:
+            if len({(reshape.input[1], _integer(reshape, "allowzero")) for reshape in reshapes}) != 1:
                 continue
             whole, before = _reshape_whole(whole, reshapes[0], count * features, graph)
         node.input[3 - count :] = [whole]
-        for attribute in node.attribute:
-            if attribute.name == "packed":
-                attribute.i = count
+        next(attribute for attribute in node.attribute if attribute.name == "packed").i = count
+        gone |= {*parts, *reads} | ({sizes.name} if len(values.readers[sizes.name]) == 1 else set())
         return before
     return []
 

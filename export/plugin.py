@@ -23,7 +23,7 @@ from qvdit.contract.packing import unpack
 from qvdit.export.files import save_model
 from qvdit.export.functions import DOMAIN, DOMAIN_VERSION, NODE
 from qvdit.export.graph import Fill, FullWeights, GraphEditor, fill, is_layer, placeholder_name, plain_fills
-from qvdit.export.headwise_attention import ATTENTION, PLUGIN_VERSION, attention_written_out
+from qvdit.export.headwise_attention import ATTENTION, PLUGIN_VERSION, attention_written_out, pack
 from qvdit.export.opset import TENSORRT_OPSET
 from qvdit.export.prologue import Reading, written_out
 
@@ -58,8 +58,8 @@ def plugin_model(
     """A strongly typed graph with plugin nodes in the placeholders.
 
     kept: weights of the linears that stay in full precision; they get a MatMul of their placeholder's type. merge:
-    layers of one input share a node where the kernels can (:func:`same_input`). Layers that the kernels do not serve
-    raise QvditError.
+    layers of one input share a node where the kernels can (:func:`same_input`), which attention then reads as it is.
+    Layers that the kernels do not serve raise QvditError.
     """
     refuse_unserved({layer.name: unserved(layer) for layer in layers})
     low_bit = [layer for layer in layers if isinstance(layer, LowBitLayer)]
@@ -70,7 +70,9 @@ def plugin_model(
         fills |= {layer.name: lambda node, editor: [] for layer in group[1:]}  # the first one's node writes them all
         outputs = [calls[layer.name].output[0] for layer in group]
         fills[group[0].name] = _call(group, outputs, types[outputs[0]])
-    return fill(typed, fills | plain_fills(typed, kept or {}))
+    model = fill(typed, fills | plain_fills(typed, kept or {}))
+    pack(model.graph)
+    return model
 
 
 def same_input(typed: onnx.ModelProto, layers: Sequence[LowBitLayer]) -> list[tuple[LowBitLayer, ...]]:

@@ -183,7 +183,8 @@ def core_library(shared: Callable[..., Path]) -> Path:
 
     def build(folder: Path) -> None:
         folder.mkdir()
-        sources = [str(s) for s in (*CORE, HERE / "fake_kernels.cc", HERE / "low_bit_core_driver.cc")]
+        drivers = (HERE / f"{name}.cc" for name in ("fake_kernels", "low_bit_core_driver", "attention_core_driver"))
+        sources = [str(s) for s in (*CORE, *drivers)]
         compiled([compiler, *FLAGS, *sources, "-o", str(folder / "libcore.so")])
 
     return shared("tensorrt-core", build) / "libcore.so"

@@ -11,7 +11,6 @@ constexpr int32_t kSegmentStep = 128;    // of qvdit_low_bit_gemm
 constexpr int32_t kMaxRotation = 1024;   // of qvdit_quantize_rows
 constexpr int32_t kMaxHeadSize = 128;    // of qvdit_attention
 constexpr int32_t kHeadSizeStep = 8;     // of qvdit_attention
-constexpr int32_t kMaxHeads = 65535;     // of qvdit_attention: blocks of a grid
 
 bool is_weight_width(int32_t bits) { return bits == 2 || bits == 3 || bits == 4 || bits == 6 || bits == 8; }
 
@@ -90,9 +89,7 @@ bool validate(const LowBitAttributes& attributes, Refusal& refusal) noexcept {
 
 bool validate(const AttentionAttributes& attributes, Refusal& refusal) noexcept {
   const int32_t heads = attributes.heads, size = attributes.head_size, packed = attributes.packed;
-  if (heads < 1 || heads > kMaxHeads) {
-    return refuse(refusal, "got heads %d, expected 1 to %d: export the model again", heads, kMaxHeads);
-  }
+  if (heads < 1) return refuse(refusal, "got heads %d, expected 1 or more: export the model again", heads);
   if (size < kHeadSizeStep || size > kMaxHeadSize || size % kHeadSizeStep) {
     return refuse(refusal, "got head_size %d, expected a multiple of %d to %d: leave this attention to TensorRT", size,
                   kHeadSizeStep, kMaxHeadSize);
@@ -104,13 +101,12 @@ bool validate(const AttentionAttributes& attributes, Refusal& refusal) noexcept 
   if (!validate_flags(attributes, refusal)) return false;
   if ((packed && (attributes.k_layout || attributes.v_layout)) || (packed == kPackedQKV && attributes.q_layout)) {
     return refuse(refusal,
-                  "got packed %d with heads before rows, expected packed ones in layout 0: export the model "
-                  "again",
+                  "got packed %d with heads before rows, expected packed ones in layout 0: export the model again",
                   packed);
   }
   const float scale = float_of(attributes.scale);
-  return std::isfinite(scale) ||
-         refuse(refusal, "got scale %g, expected the bits of a finite float: export the model again",
+  return (std::isfinite(scale) && scale > 0.f) ||
+         refuse(refusal, "got scale %g, expected the bits of a positive float: export the model again",
                 static_cast<double>(scale));
 }
 

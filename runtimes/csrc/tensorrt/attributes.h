@@ -81,7 +81,7 @@ struct AttentionAttributes {
   int32_t q_layout;   // 0: [B, L, H·D] or [B, L, H, D]; 1: [B, H, L, D]. Packed: 0, and of rank 3; likewise below
   int32_t k_layout;
   int32_t v_layout;
-  int32_t scale;  // the bits of a float
+  int32_t scale;  // the bits of a positive float
 };
 
 template <>

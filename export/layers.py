@@ -14,7 +14,7 @@ from onnx import TensorProto
 
 from qvdit.contract.layer import StaticInt8Layer, padded_size
 from qvdit.export.functions import DOMAIN
-from qvdit.export.graph import GraphEditor, static_int8
+from qvdit.export.graph import GraphEditor, is_layer, static_int8
 from qvdit.export.plugin import TEST_OUTPUTS, Y_TYPES
 from qvdit.export.prologue import Reading
 
@@ -22,7 +22,7 @@ _STORED = {True: "x_q", False: "x_q_less_128"}  # by act_symmetric: how the outp
 
 
 def layers_model(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The plugin nodes of a model, each with an input and five outputs of its own, which bear the node's name.
+    """The layers' plugin nodes of a model, each with an input and five outputs of its own, which bear the node's name.
 
     ``NODE:x`` [B, L, K] of the type that the model gives ``y``, but FP16 where that is BF16, since the saved references
     are FP16-representable → ``NODE:y``, ``NODE:x_q`` (``NODE:x_q_less_128`` where activations are asymmetric),
@@ -32,7 +32,7 @@ def layers_model(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     graph = onnx.GraphProto(name="layers")
     for node in model.graph.node:
-        if node.domain == DOMAIN:
+        if is_layer(node):
             _add_node(graph, node)
     used = {name for node in graph.node for name in node.input}
     graph.initializer.extend(tensor for tensor in model.graph.initializer if tensor.name in used)

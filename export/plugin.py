@@ -22,11 +22,11 @@ from qvdit.contract.layer import Layer, padded_size
 from qvdit.contract.packing import unpack
 from qvdit.export.files import save_model
 from qvdit.export.functions import DOMAIN, DOMAIN_VERSION, NODE
-from qvdit.export.graph import Fill, FullWeights, GraphEditor, fill, placeholder_name, plain_fills
+from qvdit.export.graph import Fill, FullWeights, GraphEditor, fill, is_layer, placeholder_name, plain_fills
+from qvdit.export.headwise_attention import ATTENTION, PLUGIN_VERSION, attention_written_out, pack
 from qvdit.export.opset import TENSORRT_OPSET
 from qvdit.export.prologue import Reading, written_out
 
-PLUGIN_VERSION = "1"
 ROWS = (FrameRows.NONE, FrameRows.SEQUENCE, FrameRows.SPATIAL, FrameRows.TEMPORAL)  # attribute rows: the index
 Y_TYPES = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)  # attribute y_type: the index
 TEST_OUTPUTS = ("y", "x_q", "scale", "zero", "acc")
@@ -58,19 +58,21 @@ def plugin_model(
     """A strongly typed graph with plugin nodes in the placeholders.
 
     kept: weights of the linears that stay in full precision; they get a MatMul of their placeholder's type. merge:
-    layers of one input share a node where the kernels can (:func:`same_input`). Layers that the kernels do not serve
-    raise QvditError.
+    layers of one input share a node where the kernels can (:func:`same_input`), which attention then reads as it is.
+    Layers that the kernels do not serve raise QvditError.
     """
     refuse_unserved({layer.name: unserved(layer) for layer in layers})
     low_bit = [layer for layer in layers if isinstance(layer, LowBitLayer)]
-    calls = {placeholder_name(node): node for node in typed.graph.node if node.domain == DOMAIN}
+    calls = {placeholder_name(node): node for node in typed.graph.node if is_layer(node)}
     types = {v.name: v.type.tensor_type.elem_type for v in (*typed.graph.value_info, *typed.graph.output)}
     fills: dict[str, Fill] = {}
     for group in same_input(typed, low_bit) if merge else [(layer,) for layer in low_bit]:
         fills |= {layer.name: lambda node, editor: [] for layer in group[1:]}  # the first one's node writes them all
         outputs = [calls[layer.name].output[0] for layer in group]
         fills[group[0].name] = _call(group, outputs, types[outputs[0]])
-    return fill(typed, fills | plain_fills(typed, kept or {}))
+    model = fill(typed, fills | plain_fills(typed, kept or {}))
+    pack(model.graph)
+    return model
 
 
 def same_input(typed: onnx.ModelProto, layers: Sequence[LowBitLayer]) -> list[tuple[LowBitLayer, ...]]:
@@ -82,7 +84,7 @@ def same_input(typed: onnx.ModelProto, layers: Sequence[LowBitLayer]) -> list[tu
     by_name = {layer.name: layer for layer in layers}
     readers: dict[tuple[Reading, str], list[LowBitLayer]] = {}
     for node in typed.graph.node:
-        if node.domain == DOMAIN and placeholder_name(node) in by_name:
+        if is_layer(node) and placeholder_name(node) in by_name:
             layer = by_name[placeholder_name(node)]
             readers.setdefault((Reading.of(node), layer.name.rpartition(".")[0]), []).append(layer)
     groups: list[tuple[LowBitLayer, ...]] = []
@@ -165,15 +167,19 @@ def with_placeholders(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[Lo
     """The inverse of :func:`plugin_model`: placeholders again, and the layers that the nodes' constants hold.
 
     A merged node becomes its layers and a Concat, and a prologue is written out before them, so that any body of
-    ``LowBitLinear`` can stand in for the plugin.
+    ``LowBitLinear`` can stand in for the plugin. So is attention, in float32.
     """
     result = onnx.ModelProto()
     result.CopyFrom(model)
     constants = {tensor.name: tensor for tensor in result.graph.initializer}
+    types = {value.name: value.type.tensor_type.elem_type for value in result.graph.value_info}
     nodes: list[onnx.NodeProto] = []
     layers: list[LowBitLayer] = []
     for node in result.graph.node:
-        if node.domain != DOMAIN:
+        if node.domain == DOMAIN and node.op_type == ATTENTION:
+            nodes += attention_written_out(node, types[node.output[0]], result.graph)
+            continue
+        if not is_layer(node):
             nodes.append(node)
             continue
         group = decoded(node, constants)

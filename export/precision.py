@@ -40,7 +40,7 @@ FLOAT = TensorProto.FLOAT
 _TENSOR_TYPE = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
 _NUMPY_TYPE = {TensorProto.FLOAT16: np.dtype(np.float16), TensorProto.BFLOAT16: np.dtype(ml_dtypes.bfloat16)}
 # Three bits of headroom below 65504: other prompts and steps than the measured ones reach further.
-_LARGEST = {TensorProto.FLOAT16: 8192.0, TensorProto.BFLOAT16: 1e38}
+LARGEST = {TensorProto.FLOAT16: 8192.0, TensorProto.BFLOAT16: 1e38}
 
 _PRODUCTS = {"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum", NODE}
 _MOVES = {"Concat", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Reshape", "Slice"}
@@ -151,7 +151,7 @@ class _Typer:
 
     def choose(self, node: onnx.NodeProto, floats: list[str], values: list[str], sources: frozenset[str]) -> int:
         touched = [*floats, *(name for name in node.output if self.is_float(name))]
-        if any(self.magnitude(name) > _LARGEST[self.low] for name in touched):
+        if any(self.magnitude(name) > LARGEST[self.low] for name in touched):
             return FLOAT
         if node.domain != DOMAIN and not _takes(node.op_type, self.low):
             return FLOAT

@@ -17,9 +17,9 @@ import onnx.numpy_helper
 from onnx import TensorProto
 
 from qvdit.contract.kernels import Prologue
-from qvdit.export.functions import DOMAIN
-from qvdit.export.graph import placeholder_name
+from qvdit.export.graph import is_layer, placeholder_name
 from qvdit.export.opset import gelu
+from qvdit.export.values import Values, drop_unread
 
 _LOW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _EPSILON = 1e-5  # LayerNormalization's where it does not say
@@ -58,11 +58,11 @@ def with_prologues(typed: onnx.ModelProto, layers: Collection[str]) -> onnx.Mode
     """
     model = onnx.ModelProto()
     model.CopyFrom(typed)
-    values = _Values(model.graph)
+    values = Values(model.graph)
     for node in model.graph.node:
         if not node.domain and node.op_type in _FUSED:
             _FUSED[node.op_type](node, values, layers)
-    _drop_unread(model.graph)
+    drop_unread(model.graph)
     return model
 
 
@@ -102,74 +102,32 @@ def _ones(graph: onnx.GraphProto, shape: tuple[int, ...]) -> str:
     return name
 
 
-class _Values:
-    """Who writes and who reads the values of a graph, their types and shapes, and its constants."""
-
-    def __init__(self, graph: onnx.GraphProto):
-        self.writer = {name: node for node in graph.node for name in node.output}
-        self.readers: dict[str, list[onnx.NodeProto]] = {}
-        for node in graph.node:
-            for name in node.input:
-                self.readers.setdefault(name, []).append(node)
-        self.outputs = {value.name for value in graph.output}
-        held = (*graph.input, *graph.value_info, *graph.output)
-        self.known = {value.name: value.type.tensor_type for value in held}
-        self.constants = {tensor.name: tensor for tensor in graph.initializer}
-
-    def type(self, name: str) -> int:
-        """TensorProto's, UNDEFINED where it is not known."""
-        return self.known[name].elem_type if name in self.known else TensorProto.UNDEFINED
-
-    def shape(self, name: str) -> list[int] | None:
-        """The extents, 0 for those that are not known; None where not even their number is."""
-        if name not in self.known or not self.known[name].HasField("shape"):
-            return None
-        return [dimension.dim_value for dimension in self.known[name].shape.dim]
-
-    def is_constant(self, name: str, value: float) -> bool:
-        """Whether a value is a constant with this number in every place."""
-        held = self.constants.get(name)
-        return held is not None and bool((onnx.numpy_helper.to_array(held) == value).all())
-
-    def before_cast(self, name: str) -> str:
-        """The value that a Cast made this one of, or itself."""
-        writer = self.writer.get(name)
-        return writer.input[0] if writer is not None and writer.op_type == "Cast" else name
-
-    def only_reader(self, name: str, op_type: str) -> tuple[onnx.NodeProto, str] | None:
-        """The node of that kind that alone reads a value, once, and the other value that it reads."""
-        readers = self.readers.get(name, [])
-        if name in self.outputs or len(readers) != 1 or readers[0].domain or readers[0].op_type != op_type:
-            return None
-        (other,) = (read for read in readers[0].input if read != name)
-        return readers[0], other
-
-    def placeholders(self, name: str, layers: Collection[str]) -> list[onnx.NodeProto]:
-        """The placeholders that read a value, through a Cast or not; none if anything else reads it."""
-        found: list[onnx.NodeProto] = []
-        casts = [node for node in self.readers.get(name, []) if node.op_type == "Cast"]
-        for read in (name, *(cast.output[0] for cast in casts)):
-            direct = [node for node in self.readers.get(read, []) if node not in casts]
-            ours = all(node.domain == DOMAIN and placeholder_name(node) in layers for node in direct)
-            if read in self.outputs or not ours:
-                return []
-            found += direct
-        return found
+def _placeholders(name: str, values: Values, layers: Collection[str]) -> list[onnx.NodeProto]:
+    """The placeholders that read a value, through a Cast or not; none if anything else reads it."""
+    found: list[onnx.NodeProto] = []
+    casts = [node for node in values.readers.get(name, []) if node.op_type == "Cast"]
+    for read in (name, *(cast.output[0] for cast in casts)):
+        direct = [node for node in values.readers.get(read, []) if node not in casts]
+        ours = all(is_layer(node) and placeholder_name(node) in layers for node in direct)
+        if read in values.outputs or not ours:
+            return []
+        found += direct
+    return found
 
 
-def _fuse_gelu(node: onnx.NodeProto, values: _Values, layers: Collection[str]) -> None:
+def _fuse_gelu(node: onnx.NodeProto, values: Values, layers: Collection[str]) -> None:
     x = values.before_cast(node.input[0])
     tanh = any(a.name == "approximate" and a.s == b"tanh" for a in node.attribute)
     if tanh and values.type(x) in _LOW:
-        _mark(values.placeholders(node.output[0], layers), Reading((x,), Prologue.GELU))
+        _mark(_placeholders(node.output[0], values, layers), Reading((x,), Prologue.GELU))
 
 
-def _fuse_layer_norm(node: onnx.NodeProto, values: _Values, layers: Collection[str]) -> None:
+def _fuse_layer_norm(node: onnx.NodeProto, values: Values, layers: Collection[str]) -> None:
     modulation = _modulation(node, values)
     if modulation is None:
         return
     last, scale, shift = modulation
-    placeholders = values.placeholders(last, layers)
+    placeholders = _placeholders(last, values, layers)
     # TensorRT 8.6, which knows no types between its layers, takes such a node to narrow what it reads.
     if all(values.type(placeholder.output[0]) in _LOW for placeholder in placeholders):
         epsilon = next((a.f for a in node.attribute if a.name == "epsilon"), _EPSILON)
@@ -177,7 +135,7 @@ def _fuse_layer_norm(node: onnx.NodeProto, values: _Values, layers: Collection[s
         _mark(placeholders, Reading((node.input[0], scale, shift), Prologue.LAYERNORM, bits))
 
 
-def _modulation(norm: onnx.NodeProto, values: _Values) -> tuple[str, str, str] | None:
+def _modulation(norm: onnx.NodeProto, values: Values) -> tuple[str, str, str] | None:
     """The modulated value, scale and shift of a LayerNorm that the kernels compute with what follows; else None."""
     given = {a.name: onnx.helper.get_attribute_value(a) for a in norm.attribute}
     x, (weight, *bias) = norm.input[0], norm.input[1:]
@@ -186,18 +144,18 @@ def _modulation(norm: onnx.NodeProto, values: _Values) -> tuple[str, str, str] |
         return None
     if not values.is_constant(weight, 1.0) or any(name and not values.is_constant(name, 0.0) for name in bias):
         return None
-    found = values.only_reader(between, "Mul")
-    if found is None:
+    product = values.only_reader(between, "Mul")
+    if product is None:
         return None
-    product, factor = found
+    factor = _other(product, between)
     plus_one = values.writer.get(factor)
     if plus_one is None or plus_one.op_type != "Add":
         return None
     scales = [name for name in plus_one.input if not _is_one(name, values)]
-    found = values.only_reader(product.output[0], "Add")
-    if found is None or len(scales) != 1:
+    total = values.only_reader(product.output[0], "Add")
+    if total is None or len(scales) != 1:
         return None
-    total, shift = found
+    shift = _other(total, product.output[0])
     (scale,), (features,) = scales, values.constants[weight].dims
     groups = [_groups(name, features, values) for name in (scale, shift)]
     floats = (x, between, factor, scale, shift, product.output[0], total.output[0])
@@ -208,11 +166,17 @@ def _modulation(norm: onnx.NodeProto, values: _Values) -> tuple[str, str, str] |
     return (total.output[0], scale, shift) if fits and shape[2] in (0, features) else None
 
 
-def _is_one(name: str, values: _Values) -> bool:
+def _other(node: onnx.NodeProto, name: str) -> str:
+    """What a node of two inputs reads beside a value that it reads once."""
+    (other,) = (read for read in node.input if read != name)
+    return other
+
+
+def _is_one(name: str, values: Values) -> bool:
     return values.is_constant(name, 1.0) and int(np.prod(values.constants[name].dims)) == 1
 
 
-def _groups(name: str, features: int, values: _Values) -> int | None:
+def _groups(name: str, features: int, values: Values) -> int | None:
     """G of a value [G, 1, K], 0 where it is not known; None if it has another shape."""
     shape = values.shape(name)
     return shape[0] if shape is not None and len(shape) == 3 and shape[1:] == [1, features] else None
@@ -225,20 +189,3 @@ def _mark(placeholders: Iterable[onnx.NodeProto], reading: Reading) -> None:
     for placeholder in placeholders:
         placeholder.input[:] = reading.inputs
         placeholder.attribute.extend(onnx.helper.make_attribute(*item) for item in reading.attributes.items())
-
-
-def _drop_unread(graph: onnx.GraphProto) -> None:
-    """Drop the nodes, constants and descriptions of values that nothing reads any more."""
-    read = {value.name for value in graph.output}
-    nodes: list[onnx.NodeProto] = []
-    for node in reversed(graph.node):
-        if read & set(node.output):
-            nodes.append(node)
-            read |= set(node.input)
-    nodes.reverse()
-    written = {name for node in nodes for name in node.output}
-    described = [value for value in graph.value_info if value.name in written]
-    held = [tensor for tensor in graph.initializer if tensor.name in read]
-    for field, kept in ((graph.node, nodes), (graph.value_info, described), (graph.initializer, held)):
-        del field[:]
-        field.extend(kept)

@@ -29,6 +29,7 @@ from qvdit.export.graph import (
     plain_fills,
     static_int8,
 )
+from qvdit.export.headwise_attention import with_attention
 from qvdit.export.layers import layers_model, static_layers_model
 from qvdit.export.opset import TENSORRT_OPSET, lowered
 from qvdit.export.plugin import plugin_model
@@ -89,7 +90,8 @@ def tensorrt_model(
     typed, kept = _typed(model, low, also_low)
     if len(static) == len(model.layers):
         return static_model(lowered(typed), static, kept)
-    typed = with_prologues(typed, [layer.name for layer in model.layers if isinstance(layer, LowBitLayer)])
+    low_bit = [layer.name for layer in model.layers if isinstance(layer, LowBitLayer)]
+    typed = with_attention(with_prologues(typed, low_bit), model.largest)
     return plugin_model(lowered(typed), model.layers, kept, merge)
 
 

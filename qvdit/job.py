@@ -53,7 +53,9 @@ from qvdit.stages import Stages
 from qvdit.system import cpu_name, tool_versions
 
 STAGES = ("calibrate", "statistics", "quantize", "trace", "export", "parity", "speed", "quality")
-_GRAPHS = "opset 17, GELU and LayerNorm in the plugin's nodes"  # changes whenever a TensorRT bundle's graphs do
+_GRAPHS = (
+    "opset 17, GELU, LayerNorm and attention in the plugin's nodes"  # changes whenever a TensorRT bundle's graphs do
+)
 
 Observe = Callable[[str], Any]
 """Called with a stage's name; returns a context manager that gives the stage's progress callback."""

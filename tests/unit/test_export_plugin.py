@@ -25,9 +25,7 @@ from qvdit.export.files import save_model
 from qvdit.export.opset import lowered
 from qvdit.export.precision import strongly_typed
 from qvdit.export.prologue import Reading, with_prologues
-from qvdit.export.trace import trace
 from qvdit.method.reference import quantized_transformer
-from qvdit.models import ADAPTERS
 from qvdit.runtimes.onnxruntime import session
 
 EVERY_PART = ("zero", "bias", "smooth", "gain")
@@ -346,19 +344,10 @@ def test_same_layers_same_bytes(traced_wan: onnx.ModelProto, wan_model: Any, rtn
 
 @pytest.mark.parametrize(("family", "nodes"), [("wan", 14), ("latte", 11), ("cogvideox", 8)])
 def test_merging_changes_nothing(
-    family: str, nodes: int, wide_models: Any, wide_inputs: Any, rtn_layers: Any, shared: Any
+    family: str, nodes: int, wide_models: Any, wide_inputs: Any, wide_traced: Any, rtn_layers: Any
 ) -> None:
     transformer, inputs = wide_models[family], wide_inputs[family]
-    layers = rtn_layers(transformer, 4, rank=1)
-
-    def make(folder: Path) -> None:
-        adapter = next(a for a in ADAPTERS if a.family == family)
-        folder.mkdir()
-        onnx.save(
-            trace(transformer, adapter, {layer.name: layer.shape[0] for layer in layers}, inputs), folder / "t.onnx"
-        )
-
-    traced = onnx.load(shared(f"traced-wide-{family}", make) / "t.onnx")
+    layers, traced = rtn_layers(transformer, 4, rank=1), wide_traced(family)
     merged, single = lower(traced, layers), lower(traced, layers, merge=False)
     assert sum(node.domain == "qvdit" for node in single.graph.node) == len(layers)
     assert sum(node.domain == "qvdit" for node in merged.graph.node) == nodes

@@ -23,7 +23,7 @@ from qvdit.runtimes import cuda
 HERE = Path(__file__).parent / "csrc"
 PLUGIN = Path(__file__).parents[2] / "runtimes" / "csrc" / "tensorrt"
 FLAGS = ("-std=c++17", "-O1", "-fno-exceptions", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC")
-CORE = (PLUGIN / "attributes.cc", PLUGIN / "low_bit_core.cc")
+CORE = tuple(PLUGIN / f"{name}.cc" for name in ("node", "attributes", "low_bit_core", "attention_core"))
 
 LAYER = {
     "in_features": 100,
@@ -59,7 +59,16 @@ FULL = LAYER | {
     "has_bias": 1,
     "has_smooth": 1,
 }
-# The same with a LayerNorm and its modulation.
+ATTENTION = {
+    "heads": 3,
+    "head_size": 16,
+    "packed": 0,
+    "q_layout": 0,
+    "k_layout": 0,
+    "v_layout": 0,
+    "scale": 1048576000,  # 0.25
+}
+# The same as FULL with a LayerNorm and its modulation.
 EPSILON = 1e-6
 
 
@@ -174,7 +183,8 @@ def core_library(shared: Callable[..., Path]) -> Path:
 
     def build(folder: Path) -> None:
         folder.mkdir()
-        sources = [str(s) for s in (*CORE, HERE / "fake_kernels.cc", HERE / "low_bit_core_driver.cc")]
+        drivers = (HERE / f"{name}.cc" for name in ("fake_kernels", "low_bit_core_driver", "attention_core_driver"))
+        sources = [str(s) for s in (*CORE, *drivers)]
         compiled([compiler, *FLAGS, *sources, "-o", str(folder / "libcore.so")])
 
     return shared("tensorrt-core", build) / "libcore.so"

@@ -139,6 +139,9 @@ def typed_network() -> Network:
     make(Layer(LayerType.PLUGIN_V2, modulated, [Tensor("y normed", DataType.HALF)], "plugin with a LayerNorm"))
     exact = [*network.inputs, Tensor("words", DataType.INT32)]
     make(Layer(LayerType.PLUGIN_V2, exact, [Tensor("y exact", DataType.FLOAT)], "plugin of a float32 x"))
+    attended = [*plugin_outputs[:1], made["half"], made["half"]]
+    make(Layer(LayerType.PLUGIN_V2, attended, [Tensor("y attended", DataType.HALF)], "attention"))
+    make(Layer(LayerType.PLUGIN_V2, attended[:1], [Tensor("y packed", DataType.HALF)], "attention of one product"))
     make(layer(LayerType.CAST, plugin_outputs[:1], "back", to_type=DataType.FLOAT))
     make(layer(LayerType.QUANTIZE, [made["half"]], "q", DataType.INT8))
     make(layer(LayerType.DEQUANTIZE, [network.layers[-1].outputs[0]], "dq"))
@@ -152,7 +155,7 @@ def test_types_of_a_weakly_typed_network_are_the_graphs() -> None:
     expected = {"x": single, "half": half, "weight": half, "product": half, "less": DataType.BOOL, "sum": single}
     expected |= {"y": half, "scale": single, "acc": DataType.INT32, "back": single, "q": DataType.INT8, "dq": single}
     expected |= {"int8": single, "after": single, "moved half": half, "moved float": single}
-    expected |= {"y normed": half, "y exact": single}
+    expected |= {"y normed": half, "y exact": single, "y attended": half, "y packed": half}
     assert versions.tensor_types(Fake(), typed_network()) == expected
 
 

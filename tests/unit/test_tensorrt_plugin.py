@@ -18,7 +18,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_tensorrt_core import BF16, F16, F32, FULL, HERE, LAYER, NORMED, OTHER, PLUGIN, S32, Tensor, addresses, tensor
+from test_tensorrt_core import (
+    ATTENTION,
+    BF16,
+    F16,
+    F32,
+    FULL,
+    HERE,
+    LAYER,
+    NORMED,
+    OTHER,
+    PLUGIN,
+    S32,
+    Tensor,
+    addresses,
+    tensor,
+)
 
 from qvdit.contract.packing import packed_words
 from qvdit.export.cross import header_version
@@ -77,14 +92,21 @@ class Driver:
         """The last one logged."""
         return self.library.plugin_message().decode()
 
-    def create(self, layer: dict[str, int], name: bytes = b"blocks.0.attn.q") -> Plugin | None:
+    def create(
+        self, layer: dict[str, int], name: bytes = b"blocks.0.attn.q", kind: bytes = b"LowBitLinear"
+    ) -> Plugin | None:
         names = (ctypes.c_char_p * len(layer))(*(n.encode() for n in layer))
         values = (ctypes.c_int32 * len(layer))(*layer.values())
-        made = self.library.plugin_create(name, names, values, len(layer))
+        made = self.library.plugin_create(kind, name, names, values, len(layer))
         return Plugin(self, made) if made else None
 
     def plugin(self, **changes: int) -> Plugin:
         made = self.create(LAYER | changes)
+        assert made is not None, self.message
+        return made
+
+    def attention(self, **changes: int) -> Plugin:
+        made = self.create(ATTENTION | changes, b"attn", b"HeadwiseAttention")
         assert made is not None, self.message
         return made
 
@@ -305,6 +327,87 @@ def assert_launched(driver: Driver) -> None:
     assert (gemm.weight_scale, gemm.beta) == (0x10020000, 0x10070000)
 
 
+# Attention
+
+HEADS_FIRST = {"q_layout": 1, "packed": 2}
+
+
+def attended(length: int = 8, keys: int = 6, dtype: int = F16) -> Any:
+    """q, k and v of three heads of 16 features."""
+    return (Tensor * 3)(*(tensor(dtype, 2, rows, 48) for rows in (length, keys, keys)))
+
+
+def test_a_refused_attention_is_named(driver):
+    assert driver.create(ATTENTION | {"head_size": 12}, b"attn", b"HeadwiseAttention") is None
+    assert driver.message.startswith('HeadwiseAttention "attn": got head_size 12, expected a multiple of 8 to 128: ')
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16])
+def test_attentions_result_is_of_its_queries_type_and_rows(driver, dtype):
+    if dtype == BF16 and driver.major < 10:
+        return
+    plugin = driver.attention()
+    assert plugin.call("plugin_outputs") == 1
+    assert plugin.types(attended(dtype=dtype)) == [TYPES[dtype]]
+    assert plugin.shapes((Tensor * 3)(*[tensor(dtype, -1, -1, 48)] * 3)) == [(-1, -1, 48)]
+    packed = driver.attention(packed=3)
+    assert packed.shapes((Tensor * 1)(tensor(dtype, 2, -1, 144))) == [(2, -1, 48)]
+    first = driver.attention(**HEADS_FIRST)
+    assert first.shapes((Tensor * 2)(tensor(dtype, 2, 3, 8, 16), tensor(dtype, 2, 6, 96))) == [(2, 8, 48)]
+
+
+def test_values_that_are_not_of_a_type_yet(driver):
+    """TensorRT 8.6 calls what will be float16 float32 until it builds."""
+    plugin = driver.attention()
+    driver.library.plugin_configure(plugin.address, attended(dtype=F32), 3)
+    before = driver.message
+    assert plugin.types(attended(dtype=F32)) == (None if driver.major >= 10 else [TYPES[F16]])
+    assert driver.major >= 10 or driver.message == before
+    assert plugin.types(attended(dtype=OTHER)) is None or driver.major < 10
+    assert "got q of another type, expected float16 or bfloat16" in driver.message
+
+
+def test_formats_of_attention(driver):
+    plugin = driver.attention()
+    for dtype in (F16, BF16):
+        tensors = (Tensor * 4)(*attended(dtype=dtype), tensor(dtype, 2, 8, 48))
+        served = dtype != BF16 or driver.major >= 10
+        assert all(plugin.takes(position, tensors) == served for position in range(4))
+        assert not any(plugin.takes(position, tensors, form=CHW4) for position in range(4))
+    tensors[1].type = tensors[3].type = F16 if driver.major >= 10 else F32
+    assert not plugin.takes(1, tensors)
+    assert not plugin.takes(3, tensors)
+    tensors[0].type = F32
+    assert not plugin.takes(0, tensors)
+
+
+def test_attention_is_built_and_run(driver):
+    plugin = driver.attention()
+    dynamic = (Tensor * 3)(*[tensor(F16, -1, -1, 48)] * 3)
+    assert plugin.configured(dynamic)
+    assert plugin.configured(attended())
+    assert plugin.workspace(dynamic, 64) == 0
+    assert not plugin.configured((Tensor * 3)(*attended()[:2], tensor(F16, 2, 7, 48)))
+    assert "got k of [2, 6, 48] and v of [2, 7, 48], expected as many rows of both" in driver.message
+    for run in (plugin, plugin.restored()):
+        driver.library.fake_reset(b"", 0)
+        assert run.enqueued(attended())
+        assert [driver.library.fake_name(i) for i in range(driver.library.fake_count())] == [b"attention"]
+    driver.library.fake_reset(b"attention", 0)
+    assert not plugin.enqueued(attended())
+    assert driver.message.startswith('HeadwiseAttention "')
+    driver.library.fake_reset(b"", 0)
+
+
+def test_an_engine_keeps_its_attention(driver):
+    original = driver.attention(**HEADS_FIRST)
+    for bit in range(0, 44 * 8, 7):
+        assert original.restored(bit) is None
+        assert driver.message.startswith('HeadwiseAttention "blocks.0.attn.q": got ')
+    assert original.restored().enqueued((Tensor * 2)(tensor(F16, 2, 3, 8, 16), tensor(F16, 2, 6, 96)))
+    driver.library.fake_reset(b"", 0)
+
+
 # Under a TensorRT that runs here
 
 
@@ -328,7 +431,8 @@ try:
 except OSError as error:
     sys.exit(f"skip: {{error}}")
 driver = tests.Driver(ctypes.CDLL({str(tmp_path / "plugin" / "lib.so")!r}))
-assert driver.library.plugin_has_creator()
+assert driver.library.plugin_has_creator(b"LowBitLinear")
+assert driver.library.plugin_has_creator(b"HeadwiseAttention")
 assert driver.library.qvdit_register_plugins() == 1
 assert driver.create(tests.LAYER | {{"act_bits": 4}}) is None
 plugin = driver.plugin(**tests.FULL)

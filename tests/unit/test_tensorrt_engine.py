@@ -20,7 +20,7 @@ from qvdit.runtimes.tensorrt.build import BuildOptions, build_engine, make_profi
 from qvdit.runtimes.tensorrt.session import TensorRtSession
 from qvdit.system import tensorrt_parts
 
-BUILT_FOR = b"\x7fELF\0qvdit LowBitLinear 1 for TensorRT %s\0"
+BUILT_FOR = b"\x7fELF\0qvdit LowBitLinear 2 for TensorRT %s\0"
 
 
 @pytest.fixture(scope="session")
@@ -222,7 +222,7 @@ def built(trt: Fake, exported: Path) -> Path:
         ({"tensorrt": "10.3.0"}, ("an engine of TensorRT 10.3.0", "8.6.0")),
         ({"gpu": "Orin", "compute": "8.7"}, ("an engine for Orin (sm 8.7)", "Fake GPU (sm 9.0)")),
         ({"onnx_sha256": {}}, ("another model",)),
-        ({"plugin_version": "0"}, ("version 1 of the plugin", "version 0")),
+        ({"plugin_version": "0"}, ("version 2 of the plugin", "version 0")),
         ({"engine_sha256": "0"}, ("damaged",)),
         ({"format": 0}, ("another version",)),
     ],

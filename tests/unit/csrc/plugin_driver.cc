@@ -41,9 +41,9 @@ PluginCreator* creator(const char* kind) {
   }
   return nullptr;
 #elif QVDIT_PLUGIN_V3
-  return static_cast<PluginCreator*>(getPluginRegistry()->getCreator(kind, "1", ""));
+  return static_cast<PluginCreator*>(getPluginRegistry()->getCreator(kind, "2", ""));
 #else
-  return getPluginRegistry()->getPluginCreator(kind, "1", "");
+  return getPluginRegistry()->getPluginCreator(kind, "2", "");
 #endif
 }
 

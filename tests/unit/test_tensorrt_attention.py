@@ -18,19 +18,6 @@ WIDTH = HEADS * SIZE
 B, L, S = 2, 5, 7
 
 
-class AttentionArgs(ctypes.Structure):
-    """qvdit_attention_args."""
-
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in "qkv"),
-        *((name, ctypes.c_int64) for name in ("batch", "heads", "rows", "keys", "head_size")),
-        *((f"{of}_{step}", ctypes.c_int64) for of in "qkv" for step in ("batch", "row", "head")),
-        ("scale", ctypes.c_float),
-        ("dtype", ctypes.c_int32),
-        ("y", ctypes.c_void_p),
-    )
-
-
 class Attention(Core):
     """The attention's core and its kernel's records."""
 
@@ -69,8 +56,8 @@ class Attention(Core):
         count = self.library.fake_count()
         assert all(self.library.fake_name(i) == b"attention" for i in range(count))
         assert all(self.library.fake_stream(i) == 0x77 for i in range(count))
-        made = [AttentionArgs.from_address(self.library.fake_args(i)) for i in range(count)]
-        return [{name: getattr(args, name) for name, *_ in AttentionArgs._fields_} for args in made]
+        made = [cuda.AttentionArgs.from_address(self.library.fake_args(i)) for i in range(count)]
+        return [{name: getattr(args, name) for name, *_ in cuda.AttentionArgs._fields_} for args in made]
 
 
 @pytest.fixture

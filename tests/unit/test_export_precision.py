@@ -164,6 +164,8 @@ def test_static_layers_read_float32_and_write_the_low_type(case: Any) -> None:
     for node in typed.graph.node:
         if node.domain == "qvdit":
             assert (types[node.input[0]], types[node.output[0]]) == (FLOAT, HALF)
+        if node.op_type == "Softmax":
+            assert (types[node.input[0]], types[node.output[0]]) == (FLOAT, FLOAT)
 
 
 def model_of(nodes: list[onnx.NodeProto], constants: dict[str, np.ndarray]) -> onnx.ModelProto:

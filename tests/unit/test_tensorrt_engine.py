@@ -92,7 +92,7 @@ def test_an_engine_that_fails_parity_takes_no_place(field: str, value: float, tr
     assert kept_files(exported) == before
 
 
-@pytest.mark.parametrize(("away", "passes"), [(1.0, True), (1.5, False)])
+@pytest.mark.parametrize(("away", "passes"), [(1.0, True), (1.5, True), (0.8, False)])
 def test_pytorchs_fp16_run_is_the_measure_where_it_is_there(
     away: float, passes: bool, trt: Fake, exported: Path
 ) -> None:
@@ -104,9 +104,9 @@ def test_pytorchs_fp16_run_is_the_measure_where_it_is_there(
     if passes:
         build_engine(exported, BuildOptions(), say=said.append)
         result = json.loads((exported / ENGINE_PARITY).read_text())
-        assert result["half_error_ratio"] == pytest.approx(result["error_ratio"], rel=1e-3)
-        assert result["error_half"] == pytest.approx(result["error_reference"], rel=1e-3)
-        assert result["half_rel_err"] < 0.01
+        assert result["half_error_ratio"] * away == pytest.approx(result["error_ratio"], rel=1e-3)
+        assert result["error_half"] == pytest.approx(away * result["error_reference"], rel=1e-3)
+        assert (result["half_rel_err"] < 1e-3) == (away == 1)
         assert any("PyTorch's FP16 run" in text for text in said)
     else:
         with pytest.raises(QvditError, match="PyTorch's FP16 run"):
@@ -285,7 +285,7 @@ def test_no_room_for_a_context(built: Path, trt: Fake) -> None:
         (BUILT_FOR % b"10.3.0", "built for TensorRT 10.3.0"),
         (b"\x7fELF", "a build of the LowBitLinear plugin"),
         (b"", "a build of the LowBitLinear plugin"),
-        (BUILT_FOR.replace(b"Linear 1", b"Linear 2") % b"8.6.0", "version 2 of the plugin"),
+        (BUILT_FOR.replace(b"Linear 2", b"Linear 1") % b"8.6.0", "version 1 of the plugin"),
     ],
 )
 def test_a_plugin_that_does_not_fit(content: bytes, words: str, trt: Fake, exported: Path) -> None:

@@ -52,7 +52,7 @@ def fill(traced: onnx.ModelProto, fills: dict[str, Fill]) -> onnx.ModelProto:
     editor = GraphEditor(model.graph)
     nodes: list[onnx.NodeProto] = []
     for node in model.graph.node:
-        if node.domain == DOMAIN:
+        if is_layer(node):
             nodes += fills[placeholder_name(node)](node, editor)
         else:
             nodes.append(node)
@@ -109,11 +109,16 @@ def plain_fills(typed: onnx.ModelProto, weights: dict[str, FullWeights]) -> dict
     types = {value.name: value.type.tensor_type.elem_type for value in typed.graph.value_info}
     fills = {}
     for node in typed.graph.node:
-        if node.domain == DOMAIN and placeholder_name(node) in weights:
+        if is_layer(node) and placeholder_name(node) in weights:
             weight, bias = weights[placeholder_name(node)]
             kind = onnx.helper.tensor_dtype_to_np_dtype(types[node.output[0]])
             fills[placeholder_name(node)] = plain(weight.astype(kind), None if bias is None else bias.astype(kind))
     return fills
+
+
+def is_layer(node: onnx.NodeProto) -> bool:
+    """Whether a node is a placeholder, or what a runtime's operator takes its place."""
+    return bool(node.domain == DOMAIN and node.op_type == NODE)
 
 
 def placeholder_name(node: onnx.NodeProto) -> str:

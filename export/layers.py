@@ -14,25 +14,26 @@ from onnx import TensorProto
 
 from qvdit.contract.layer import StaticInt8Layer, padded_size
 from qvdit.export.functions import DOMAIN
-from qvdit.export.graph import GraphEditor, static_int8
-from qvdit.export.plugin import TEST_OUTPUTS
+from qvdit.export.graph import GraphEditor, is_layer, static_int8
+from qvdit.export.plugin import TEST_OUTPUTS, Y_TYPES
+from qvdit.export.prologue import Reading
 
 _STORED = {True: "x_q", False: "x_q_less_128"}  # by act_symmetric: how the output says what it holds
 
 
 def layers_model(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The plugin nodes of a model, each with an input and five outputs of its own, which bear the node's name.
+    """The layers' plugin nodes of a model, each with an input and five outputs of its own, which bear the node's name.
 
-    ``NODE:x`` [B, L, K] of the type that the model gives it, but FP16 where that is BF16, since the saved references
+    ``NODE:x`` [B, L, K] of the type that the model gives ``y``, but FP16 where that is BF16, since the saved references
     are FP16-representable → ``NODE:y``, ``NODE:x_q`` (``NODE:x_q_less_128`` where activations are asymmetric),
-    ``NODE:scale``, ``NODE:zero``, ``NODE:acc`` as :func:`qvdit.export.plugin.layer_model` describes them. Constants in
-    external data stay there, so the file belongs beside the model's.
+    ``NODE:scale``, ``NODE:zero``, ``NODE:acc`` as :func:`qvdit.export.plugin.layer_model` describes them. A saved
+    reference's x is what is quantized, so the nodes have no prologue here. Constants in external data stay there, so
+    the file belongs beside the model's.
     """
-    types = {value.name: value.type.tensor_type.elem_type for value in (*model.graph.value_info, *model.graph.input)}
     graph = onnx.GraphProto(name="layers")
     for node in model.graph.node:
-        if node.domain == DOMAIN:
-            _add_node(graph, node, types.get(node.input[0], TensorProto.FLOAT16))
+        if is_layer(node):
+            _add_node(graph, node)
     used = {name for node in graph.node for name in node.input}
     graph.initializer.extend(tensor for tensor in model.graph.initializer if tensor.name in used)
     return onnx.helper.make_model(
@@ -40,11 +41,13 @@ def layers_model(model: onnx.ModelProto) -> onnx.ModelProto:
     )
 
 
-def _add_node(graph: onnx.GraphProto, node: onnx.NodeProto, x_type: int) -> None:
+def _add_node(graph: onnx.GraphProto, node: onnx.NodeProto) -> None:
     value, name = onnx.helper.make_tensor_value_info, node.name
     given = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
     k, n = given["in_features"], given["out_features"]
-    x_type = TensorProto.FLOAT16 if x_type == TensorProto.BFLOAT16 else x_type
+    x_type = TensorProto.FLOAT if Y_TYPES[given["y_type"]] == TensorProto.FLOAT else TensorProto.FLOAT16
+    constants = node.input[len(Reading.of(node).inputs) :]
+    plain = Reading((f"{name}:x",))
     leading = [f"{name}:batch", f"{name}:tokens"]
     kinds: dict[str, tuple[int, list[int]]] = {
         "y": (x_type, [n]),
@@ -60,10 +63,10 @@ def _add_node(graph: onnx.GraphProto, node: onnx.NodeProto, x_type: int) -> None
         outputs.append(f"{name}:{shown}")
         graph.output.append(value(outputs[-1], kind, [*leading, *columns]))
     graph.input.append(value(f"{name}:x", x_type, [*leading, k]))
-    given["test_outputs"] = 1
+    given |= plain.attributes | {"y_type": Y_TYPES.index(x_type), "test_outputs": 1}
     graph.node.append(
         onnx.helper.make_node(
-            node.op_type, [f"{name}:x", *node.input[1:]], outputs, name, domain=DOMAIN, **dict(_texts(given))
+            node.op_type, [*plain.inputs, *constants], outputs, name, domain=DOMAIN, **dict(_texts(given))
         )
     )
 

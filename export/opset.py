@@ -71,7 +71,7 @@ def lowered(model: onnx.ModelProto, opset: int = TENSORRT_OPSET) -> onnx.ModelPr
         if opset == TENSORRT_OPSET:
             nodes += _lowered(node, result.graph, version.version)
         elif node.op_type == "Gelu" and not node.domain:
-            nodes += _gelu(node, result.graph)
+            nodes += gelu(node, result.graph)
         elif node.domain == DOMAIN or _since(node, version.version) <= opset:
             nodes.append(node)
         else:
@@ -176,8 +176,8 @@ def _since(node: onnx.NodeProto, opset: int) -> int:
     return onnx.defs.get_schema(node.op_type, opset, node.domain).since_version
 
 
-def _gelu(node: onnx.NodeProto, graph: onnx.GraphProto) -> list[onnx.NodeProto]:
-    """The nodes of one Gelu; its constants are shared by all of them."""
+def gelu(node: onnx.NodeProto, graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """The nodes of one Gelu in float32; its constants are added to the graph and shared by all of them."""
     kinds = [onnx.helper.get_attribute_value(a).decode() for a in node.attribute if a.name == "approximate"]
     body = _GELU[kinds[0] if kinds else "none"]
     text = f'<opset_import: ["": {TENSORRT_OPSET}], domain: "d">\nf (x) => (y) {{{body}\n}}'
@@ -198,7 +198,7 @@ def _gelu(node: onnx.NodeProto, graph: onnx.GraphProto) -> list[onnx.NodeProto]:
 
 _OWN_WAYS: dict[str, Callable[[onnx.NodeProto, onnx.GraphProto], list[onnx.NodeProto]]] = {
     "Einsum": _einsum,
-    "Gelu": _gelu,
+    "Gelu": gelu,
     "Shape": _shape,
     "Split": _split,
     **dict.fromkeys(_REDUCTIONS, _reduction),

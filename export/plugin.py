@@ -22,11 +22,13 @@ from qvdit.contract.layer import Layer, padded_size
 from qvdit.contract.packing import unpack
 from qvdit.export.files import save_model
 from qvdit.export.functions import DOMAIN, DOMAIN_VERSION, NODE
-from qvdit.export.graph import Fill, FullWeights, GraphEditor, fill, placeholder_name, plain_fills
+from qvdit.export.graph import Fill, FullWeights, GraphEditor, fill, is_layer, placeholder_name, plain_fills
+from qvdit.export.headwise_attention import ATTENTION, PLUGIN_VERSION, attention_written_out, pack
 from qvdit.export.opset import TENSORRT_OPSET
+from qvdit.export.prologue import Reading, written_out
 
-PLUGIN_VERSION = "1"
 ROWS = (FrameRows.NONE, FrameRows.SEQUENCE, FrameRows.SPATIAL, FrameRows.TEMPORAL)  # attribute rows: the index
+Y_TYPES = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)  # attribute y_type: the index
 TEST_OUTPUTS = ("y", "x_q", "scale", "zero", "acc")
 _NAMED = 8  # layers that a refusal names; a large model has hundreds
 _BETWEEN_NAMES = ","  # of the layers that one node computes
@@ -56,17 +58,21 @@ def plugin_model(
     """A strongly typed graph with plugin nodes in the placeholders.
 
     kept: weights of the linears that stay in full precision; they get a MatMul of their placeholder's type. merge:
-    layers of one input share a node where the kernels can (:func:`same_input`). Layers that the kernels do not serve
-    raise QvditError.
+    layers of one input share a node where the kernels can (:func:`same_input`), which attention then reads as it is.
+    Layers that the kernels do not serve raise QvditError.
     """
     refuse_unserved({layer.name: unserved(layer) for layer in layers})
     low_bit = [layer for layer in layers if isinstance(layer, LowBitLayer)]
-    calls = {placeholder_name(node): node for node in typed.graph.node if node.domain == DOMAIN}
+    calls = {placeholder_name(node): node for node in typed.graph.node if is_layer(node)}
+    types = {v.name: v.type.tensor_type.elem_type for v in (*typed.graph.value_info, *typed.graph.output)}
     fills: dict[str, Fill] = {}
     for group in same_input(typed, low_bit) if merge else [(layer,) for layer in low_bit]:
         fills |= {layer.name: lambda node, editor: [] for layer in group[1:]}  # the first one's node writes them all
-        fills[group[0].name] = _call(group, [calls[layer.name].output[0] for layer in group])
-    return fill(typed, fills | plain_fills(typed, kept or {}))
+        outputs = [calls[layer.name].output[0] for layer in group]
+        fills[group[0].name] = _call(group, outputs, types[outputs[0]])
+    model = fill(typed, fills | plain_fills(typed, kept or {}))
+    pack(model.graph)
+    return model
 
 
 def same_input(typed: onnx.ModelProto, layers: Sequence[LowBitLayer]) -> list[tuple[LowBitLayer, ...]]:
@@ -76,27 +82,27 @@ def same_input(typed: onnx.ModelProto, layers: Sequence[LowBitLayer]) -> list[tu
     the model's time.
     """
     by_name = {layer.name: layer for layer in layers}
-    readers: dict[tuple[str, str], list[LowBitLayer]] = {}
+    readers: dict[tuple[Reading, str], list[LowBitLayer]] = {}
     for node in typed.graph.node:
-        if node.domain == DOMAIN and placeholder_name(node) in by_name:
+        if is_layer(node) and placeholder_name(node) in by_name:
             layer = by_name[placeholder_name(node)]
-            readers.setdefault((node.input[0], layer.name.rpartition(".")[0]), []).append(layer)
+            readers.setdefault((Reading.of(node), layer.name.rpartition(".")[0]), []).append(layer)
     groups: list[tuple[LowBitLayer, ...]] = []
     for found in readers.values():
         groups += [tuple(found)] if len(found) == 1 or mergeable(found) else [(layer,) for layer in found]
     return groups
 
 
-def _call(group: Sequence[LowBitLayer], outputs: list[str]) -> Fill:
+def _call(group: Sequence[LowBitLayer], outputs: list[str], y_type: int) -> Fill:
     def build(node: onnx.NodeProto, editor: GraphEditor) -> list[onnx.NodeProto]:
         if len(group) == 1:
-            return [plugin_node(group, node.input[0], outputs, editor)]
+            return [plugin_node(group, Reading.of(node), outputs, y_type, editor)]
         merged = f"{outputs[0]}:merged"
         sizes = np.array([layer.shape[0] for layer in group], np.int64)
         split = [merged, editor.constant(f"{merged}:sizes", sizes)]
         editor.describe_like(merged, outputs[0], int(sizes.sum()))
         return [
-            plugin_node(group, node.input[0], [merged], editor),
+            plugin_node(group, Reading.of(node), [merged], y_type, editor),
             onnx.helper.make_node("Split", split, outputs, f"{merged}:split", axis=-1),
         ]
 
@@ -104,11 +110,17 @@ def _call(group: Sequence[LowBitLayer], outputs: list[str]) -> Fill:
 
 
 def plugin_node(
-    group: Sequence[LowBitLayer], x: str, outputs: list[str], editor: GraphEditor, test_outputs: bool = False
+    group: Sequence[LowBitLayer],
+    reading: Reading,
+    outputs: list[str],
+    y_type: int,
+    editor: GraphEditor,
+    test_outputs: bool = False,
 ) -> onnx.NodeProto:
     """One plugin node for a layer, or for several that are mergeable; its constants become initializers.
 
-    outputs: y, or :data:`TEST_OUTPUTS` where ``test_outputs``. The node's name holds the layers'.
+    outputs: y, or :data:`TEST_OUTPUTS` where ``test_outputs``; y is of ``y_type``, one of :data:`Y_TYPES`. The node's
+    name holds the layers'.
     """
     first, constants = group[0], KernelConstants.of(group)
     name = _BETWEEN_NAMES.join(layer.name for layer in group)
@@ -130,13 +142,15 @@ def plugin_node(
         "rows": ROWS.index(first.rows) if frames else 0,
         "frames": frames,
         "rotation": first.rotation,
+        **reading.attributes,
+        "y_type": Y_TYPES.index(y_type),
         "has_zero": int(held["weight_zero"] is not None),
         "has_bias": int(held["bias"] is not None),
         "has_smooth": int(held["inv_smooth"] is not None),
         "test_outputs": int(test_outputs),
     }
     inputs = [editor.constant(f"{name}:{field}", value) for field, value in held.items() if value is not None]
-    return onnx.helper.make_node(NODE, [x, *inputs], outputs, name, domain=DOMAIN, **attributes)
+    return onnx.helper.make_node(NODE, [*reading.inputs, *inputs], outputs, name, domain=DOMAIN, **attributes)
 
 
 def _bytes_in_words(values: np.ndarray) -> np.ndarray:
@@ -152,27 +166,35 @@ def _bytes_in_words(values: np.ndarray) -> np.ndarray:
 def with_placeholders(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[LowBitLayer, ...]]:
     """The inverse of :func:`plugin_model`: placeholders again, and the layers that the nodes' constants hold.
 
-    A merged node becomes its layers and a Concat, so that any body of ``LowBitLinear`` can stand in for the plugin.
+    A merged node becomes its layers and a Concat, and a prologue is written out before them, so that any body of
+    ``LowBitLinear`` can stand in for the plugin. So is attention, in float32.
     """
     result = onnx.ModelProto()
     result.CopyFrom(model)
     constants = {tensor.name: tensor for tensor in result.graph.initializer}
+    types = {value.name: value.type.tensor_type.elem_type for value in result.graph.value_info}
     nodes: list[onnx.NodeProto] = []
     layers: list[LowBitLayer] = []
     for node in result.graph.node:
-        if node.domain != DOMAIN:
+        if node.domain == DOMAIN and node.op_type == ATTENTION:
+            nodes += attention_written_out(node, types[node.output[0]], result.graph)
+            continue
+        if not is_layer(node):
             nodes.append(node)
             continue
         group = decoded(node, constants)
         layers += group
-        y = node.output[0]
+        y, y_type = node.output[0], Y_TYPES[onnx.helper.get_node_attr_value(node, "y_type")]
+        x, before = written_out(Reading.of(node), y, y_type, group[0].shape[1], result.graph)
+        nodes += before
         parts = [y] if len(group) == 1 else [f"{y}:{layer.name}" for layer in group]
         for layer, part in zip(group, parts, strict=True):
-            nodes.append(onnx.helper.make_node(NODE, [node.input[0]], [part], domain=DOMAIN, layer=layer.name))
+            nodes.append(onnx.helper.make_node(NODE, [x], [part], domain=DOMAIN, layer=layer.name))
         if len(group) > 1:
             nodes.append(onnx.helper.make_node("Concat", parts, [y], axis=-1))
     used = {name for node in nodes for name in node.input}
-    for field, kept in (("node", nodes), ("initializer", [t for n, t in constants.items() if n in used])):
+    held = [tensor for tensor in result.graph.initializer if tensor.name in used]
+    for field, kept in (("node", nodes), ("initializer", held)):
         del getattr(result.graph, field)[:]
         getattr(result.graph, field).extend(kept)
     return result, tuple(layers)
@@ -192,7 +214,8 @@ def decoded(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> tup
         "frame_gain": value["frames"],
     }
     fields = [field for field in _CONSTANTS if present[field]]
-    held = {f: onnx.numpy_helper.to_array(constants[i]) for f, i in zip(fields, node.input[1:], strict=True)}
+    names = node.input[len(Reading.of(node).inputs) :]
+    held = {f: onnx.numpy_helper.to_array(constants[name]) for f, name in zip(fields, names, strict=True)}
     n, k, r = value["segment"], value["in_features"], value["rank"]
     weight_q = unpack(held["words"].view(np.uint32), value["weight_bits"], k)
     layers = []
@@ -238,7 +261,8 @@ def layer_model(*group: LowBitLayer, x_type: int = TensorProto.FLOAT16) -> onnx.
     }
     outputs = [value(name, shapes[name][0], [*leading, *shapes[name][1]]) for name in TEST_OUTPUTS]
     graph = onnx.helper.make_graph([], "layer", [value("x", x_type, [*leading, k])], outputs)
-    graph.node.append(plugin_node(group, "x", list(TEST_OUTPUTS), GraphEditor(graph), test_outputs=True))
+    node = plugin_node(group, Reading(("x",)), list(TEST_OUTPUTS), x_type, GraphEditor(graph), test_outputs=True)
+    graph.node.append(node)
     opsets = [onnx.helper.make_opsetid("", TENSORRT_OPSET), onnx.helper.make_opsetid(DOMAIN, DOMAIN_VERSION)]
     return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8, producer_name="qvdit")
 

@@ -15,7 +15,7 @@ import onnx
 import onnx.helper
 
 from qvdit.contract.bundle import TENSORRT_INT4_MODEL, TENSORRT_LAYERS, TENSORRT_MODEL
-from qvdit.contract.layer import Layer, StaticInt8Layer
+from qvdit.contract.layer import Layer, LowBitLayer, StaticInt8Layer
 from qvdit.export.files import save_model
 from qvdit.export.functions import DOMAIN
 from qvdit.export.graph import (
@@ -29,10 +29,12 @@ from qvdit.export.graph import (
     plain_fills,
     static_int8,
 )
+from qvdit.export.headwise_attention import with_attention
 from qvdit.export.layers import layers_model, static_layers_model
 from qvdit.export.opset import TENSORRT_OPSET, lowered
 from qvdit.export.plugin import plugin_model
 from qvdit.export.precision import LowType, strongly_typed
+from qvdit.export.prologue import with_prologues
 from qvdit.export.weight_only import WEIGHT_ONLY_OPSET, weight_only_model
 
 
@@ -64,8 +66,10 @@ def export_weight_only(model: TracedModel, bundle: Path, low: LowType = "float16
 
     Layers that do not fit raise QvditError, and nothing is written.
     """
-    typed, kept = _typed(model, low, WEIGHT_ONLY_OPSET)
-    files = save_model(weight_only_model(typed, model.layers, kept), bundle / TENSORRT_INT4_MODEL)
+    typed, kept = _typed(model, low)
+    files = save_model(
+        weight_only_model(lowered(typed, WEIGHT_ONLY_OPSET), model.layers, kept), bundle / TENSORRT_INT4_MODEL
+    )
     check(str(bundle / TENSORRT_INT4_MODEL))
     return files
 
@@ -83,23 +87,24 @@ def tensorrt_model(
 ) -> onnx.ModelProto:
     """The model for TensorRT; merge: one plugin node for queries, keys and values where they allow it."""
     static = [layer for layer in model.layers if isinstance(layer, StaticInt8Layer)]
-    typed, kept = _typed(model, low, TENSORRT_OPSET, also_low)
+    typed, kept = _typed(model, low, also_low)
     if len(static) == len(model.layers):
-        return static_model(typed, static, kept)
-    return plugin_model(typed, model.layers, kept, merge)
+        return static_model(lowered(typed), static, kept)
+    low_bit = [layer.name for layer in model.layers if isinstance(layer, LowBitLayer)]
+    typed = with_attention(with_prologues(typed, low_bit), model.largest)
+    return plugin_model(lowered(typed), model.layers, kept, merge)
 
 
 def _typed(
-    model: TracedModel, low: LowType, opset: int, also_low: Collection[str] = ()
+    model: TracedModel, low: LowType, also_low: Collection[str] = ()
 ) -> tuple[onnx.ModelProto, dict[str, FullWeights]]:
-    """The strongly typed graph at an opset, and the weights of the linears that stay in full precision."""
+    """The strongly typed graph at the trace's opset, and the weights of the linears that stay in full precision."""
     quantized = {layer.name: layer for layer in model.layers}
     kept = {name: weights for name, weights in model.full_weights.items() if name not in quantized}
     widths = {name: layer.shape for name, layer in quantized.items()}
     widths |= {name: (weight.shape[0], weight.shape[1]) for name, (weight, _) in kept.items()}
     static = [layer.name for layer in model.layers if isinstance(layer, StaticInt8Layer)]
-    typed = strongly_typed(onnx.load(model.graph), widths, low, model.largest, static, also_low=also_low)
-    return lowered(typed, opset), kept
+    return strongly_typed(onnx.load(model.graph), widths, low, model.largest, static, also_low=also_low), kept
 
 
 def static_model(

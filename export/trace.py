@@ -16,6 +16,7 @@ from typing import Any
 import onnx
 import torch
 
+from qvdit.export.attention import TRANSLATIONS
 from qvdit.export.functions import DOMAIN, DOMAIN_VERSION, NODE, OPSET
 from qvdit.models import ModelAdapter
 
@@ -68,6 +69,7 @@ def trace(
             dynamic_shapes=shapes,
             input_names=list(adapter.inputs),
             output_names=[OUTPUT],
+            custom_translation_table=TRANSLATIONS,
             verbose=False,
         )
     proto = program.model_proto

@@ -53,6 +53,9 @@ from qvdit.stages import Stages
 from qvdit.system import cpu_name, tool_versions
 
 STAGES = ("calibrate", "statistics", "quantize", "trace", "export", "parity", "speed", "quality")
+_GRAPHS = (
+    "opset 17, GELU, LayerNorm and attention in the plugin's nodes"  # changes whenever a TensorRT bundle's graphs do
+)
 
 Observe = Callable[[str], Any]
 """Called with a stage's name; returns a context manager that gives the stage's progress callback."""
@@ -236,8 +239,8 @@ class Job:
                 written.extend(export_tensorrt(traced, self.out))
                 written.extend(export_weight_only(traced, self.out) if self.settings.weight_only else [])
 
-        # A folder exported before its bundle held KEPT_WEIGHTS, or for TensorRT at another opset, is exported again.
-        target = [self.settings.target, *(["opset 17", TENSORRT_LAYERS] if self.settings.target == "tensorrt" else [])]
+        # A folder exported before its bundle held KEPT_WEIGHTS, or for TensorRT as another graph, is exported again.
+        target = [self.settings.target, *([_GRAPHS, TENSORRT_LAYERS] if self.settings.target == "tensorrt" else [])]
         target += [TENSORRT_INT4_MODEL] if self.settings.weight_only else []
         key = [self.stages.result("quantize"), self.stages.result("trace"), *target, KEPT_WEIGHTS]
         self.stages.run("export", key, lambda: written, work)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from qvdit.contract import QvditError
 
-ABI = 4  # QVDIT_ABI
+ABI = 5  # QVDIT_ABI
 STORED_ZERO = 128  # asymmetric x_q and z_x are stored less this, to fit int8
 
 VARIABLE = "QVDIT_KERNELS"  # names the library's file
@@ -40,14 +40,6 @@ class Dtype(IntEnum):
     F16 = 1
     BF16 = 2
     S32 = 3
-
-
-class Prologue(IntEnum):
-    """What happens to x before it is quantized."""
-
-    PLAIN = 0
-    LAYERNORM = 1
-    GELU = 2
 
 
 class Tile(IntEnum):
@@ -137,6 +129,33 @@ class GemmArgs(ctypes.Structure):
     )
 
 
+class AttentionArgs(ctypes.Structure):
+    """qvdit_attention_args."""
+
+    _fields_ = (
+        ("q", _POINTER),
+        ("k", _POINTER),
+        ("v", _POINTER),
+        ("batch", _SIZE),
+        ("heads", _SIZE),
+        ("rows", _SIZE),
+        ("keys", _SIZE),
+        ("head_size", _SIZE),
+        ("q_batch", _SIZE),
+        ("q_row", _SIZE),
+        ("q_head", _SIZE),
+        ("k_batch", _SIZE),
+        ("k_row", _SIZE),
+        ("k_head", _SIZE),
+        ("v_batch", _SIZE),
+        ("v_row", _SIZE),
+        ("v_head", _SIZE),
+        ("scale", _FLOAT),
+        ("dtype", _INT),
+        ("y", _POINTER),
+    )
+
+
 class KernelLibrary:
     """A loaded library. Its launch functions start a kernel on a stream (a cudaStream_t as an integer) and return."""
 
@@ -156,6 +175,7 @@ class KernelLibrary:
             ("qvdit_quantize_rows", QuantizeArgs),
             ("qvdit_unpack_weight", UnpackArgs),
             ("qvdit_low_bit_gemm", GemmArgs),
+            ("qvdit_attention", AttentionArgs),
         ):
             getattr(self._library, name).argtypes = (ctypes.POINTER(arguments), ctypes.c_void_p)
 
@@ -174,6 +194,10 @@ class KernelLibrary:
     def low_bit_gemm(self, arguments: GemmArgs, stream: int) -> None:
         """Steps 3 and 4 of the operator."""
         self._check(self._library.qvdit_low_bit_gemm(ctypes.byref(arguments), stream))
+
+    def attention(self, arguments: AttentionArgs, stream: int) -> None:
+        """softmax(scale · q kᵀ) v."""
+        self._check(self._library.qvdit_attention(ctypes.byref(arguments), stream))
 
     def _check(self, status: int) -> None:
         if status == Status.OK:

@@ -14,6 +14,7 @@ import math
 import torch
 
 from qvdit.contract import QvditError
+from qvdit.contract.kernels import Prologue
 from qvdit.contract.layer import ROW_PAD
 from qvdit.contract.packing import packed_words
 from qvdit.runtimes import cuda
@@ -24,7 +25,7 @@ _DTYPES = {
     torch.bfloat16: cuda.Dtype.BF16,
     torch.int32: cuda.Dtype.S32,
 }
-PROLOGUES = {p.name.lower(): p for p in cuda.Prologue}
+PROLOGUES = {p.name.lower(): p for p in Prologue}
 
 
 def padded(k: int) -> int:

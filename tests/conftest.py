@@ -390,3 +390,23 @@ def wide_inputs(example_inputs: Any) -> dict[str, dict[str, torch.Tensor]]:
     """Inputs of ``wide_models`` by family; all have 4 frames of tokens."""
     square = example_inputs((4, 4, 8, 8), 24)
     return {"wan": example_inputs((3, 4, 32, 32), 64), "latte": square, "cogvideox": square}
+
+
+@pytest.fixture(scope="session")
+def wide_traced(shared: Any, wide_models: Any, wide_inputs: Any, rtn_layers: Any) -> Callable[[str], Any]:
+    """``wide_traced(family)``: a wide model as a graph with placeholders for all of its linears."""
+    import onnx
+
+    from qvdit.export.trace import trace
+    from qvdit.models import ADAPTERS
+
+    def load(family: str) -> Any:
+        def make(folder: Path) -> None:
+            adapter = next(a for a in ADAPTERS if a.family == family)
+            widths = {layer.name: layer.shape[0] for layer in rtn_layers(wide_models[family], 4, rank=1)}
+            folder.mkdir()
+            onnx.save(trace(wide_models[family], adapter, widths, wide_inputs[family]), folder / "t.onnx")
+
+        return onnx.load(shared(f"traced-wide-{family}", make) / "t.onnx")
+
+    return load

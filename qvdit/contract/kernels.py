@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
 
@@ -17,6 +18,14 @@ from qvdit.contract.packing import pack
 MAX_FEATURES = 16384  # K
 MAX_RANK = 32  # S · R
 SEGMENT = 128  # a merged layer's N is a multiple of this: a tile of the GEMM then lies in one layer
+
+
+class Prologue(IntEnum):
+    """What happens to x before it is quantized: enum qvdit_prologue of ``runtimes/csrc/qvdit_kernels.h``."""
+
+    PLAIN = 0
+    LAYERNORM = 1
+    GELU = 2
 
 
 def unserved(layer: Layer) -> str | None:

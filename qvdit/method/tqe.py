@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from qvdit.contract import FrameRows
-from qvdit.method.weights import damped
+from qvdit.method.weights import cholesky
 
 
 def best_correction(error: torch.Tensor, second_moment: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -17,7 +17,7 @@ def best_correction(error: torch.Tensor, second_moment: torch.Tensor, rank: int)
     error: W - Ŵ, float32 [N, K]. second_moment: E[x xᵀ] [K, K] = S Sᵀ. By Eckart-Young the answer is the truncated SVD
     of error · S, with S taken back out of its right factor.
     """
-    root = torch.linalg.cholesky(damped(second_moment, 1e-4))
+    root = cholesky(second_moment, 1e-4)
     alpha, beta = _truncated_svd(error.double() @ root, rank)
     alpha = torch.linalg.solve_triangular(root.T, alpha, upper=True)
     return alpha.float().contiguous(), beta.float().contiguous()

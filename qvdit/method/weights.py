@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
+from qvdit.contract import QvditError
 from qvdit.contract.layer import group_size
 from qvdit.method.recipe import ClipGrid
 
 _MIN_SCALE = 1e-8
+_TRIES = 4  # dampings that are tried, each ten times the last
 _AROUND = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2)  # of the scale that nearest rounding likes best
 _TRIED_AT_ONCE = 1 << 26  # weights, to bound memory
 
@@ -116,6 +118,25 @@ def damped(second_moment: torch.Tensor, damping: float = 0.01) -> torch.Tensor:
     return matrix + torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device) * (damping * mean)
 
 
+def cholesky(second_moment: torch.Tensor, damping: float = 0.01, order: torch.Tensor | None = None) -> torch.Tensor:
+    """The lower root L of the damped E[x xᵀ] = L Lᵀ, float64 [K, K]; order: of the features, int64 [K].
+
+    Where inputs lie almost on a line, the moments' float32 sums leave eigenvalues further below zero than a small
+    damping lifts them: it is then ten times what it was, until they are positive.
+    """
+    for _ in range(_TRIES):
+        matrix = damped(second_moment, damping)
+        root, failed = torch.linalg.cholesky_ex(matrix if order is None else matrix[order][:, order])
+        if not failed:
+            return root
+        damping *= 10
+    raise QvditError(
+        "activations that are no numbers, or too large for their second moments",
+        "finite inputs of every quantized linear",
+        "look at the model's output in full precision; calibrate with other prompts",
+    )
+
+
 def search_second_order(
     weight: torch.Tensor, grid: WeightGrid, second_moment: torch.Tensor
 ) -> tuple[WeightGrid, torch.Tensor]:
@@ -152,8 +173,7 @@ def round_second_order(weight: torch.Tensor, grid: WeightGrid, second_moment: to
     come as the inverse of E[x xᵀ] says.
     """
     order = second_moment.diagonal().argsort(descending=True)
-    matrix = damped(second_moment)[order][:, order]
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+    inverse = torch.cholesky_inverse(cholesky(second_moment, order=order))
     spread = torch.linalg.cholesky(inverse, upper=True).float()
     scale, zero = (per_feature(v, len(order)).expand(-1, len(order))[:, order] for v in (grid.scale, grid.zero))
     left = weight[:, order].clone()

@@ -91,6 +91,7 @@ QVDIT_API void qvdit_host_struct_sizes(int64_t sizes[3]) {
   sizes[0] = sizeof(qvdit_quantize_args);
   sizes[1] = sizeof(qvdit_unpack_args);
   sizes[2] = sizeof(qvdit_gemm_args);
+  sizes[3] = sizeof(qvdit_attention_args);
 }
 
 }  // extern "C"

@@ -20,7 +20,7 @@ extern "C" {
 #endif
 
 // Changes whenever a struct or the meaning of a field does.
-#define QVDIT_ABI 4
+#define QVDIT_ABI 5
 
 enum qvdit_status {
   QVDIT_OK = 0,
@@ -130,6 +130,22 @@ struct qvdit_gemm_args {
   int32_t tile;     // enum qvdit_tile
 };
 
+// softmax(scale · q kᵀ) v, head by head, without the scores ever in memory. q, k and v may be parts of one array: each says
+// where its batches, rows and heads begin; the D values of a head are dense.
+struct qvdit_attention_args {
+  const void* q;  // [B, L, H, D] of dtype, in any order that strides tell; 16-byte aligned, as every head's values
+  const void* k;  // [B, S, H, D]
+  const void* v;  // [B, S, H, D]
+  int64_t batch, heads, rows, keys;  // B, H, L, S
+  int64_t head_size;                 // D: a multiple of 8 to 128
+  int64_t q_batch, q_row, q_head;    // elements from one to the next, multiples of 8
+  int64_t k_batch, k_row, k_head;
+  int64_t v_batch, v_row, v_head;
+  float scale;    // positive
+  int32_t dtype;  // QVDIT_F16 or QVDIT_BF16
+  void* y;        // [B, L, H · D] of dtype, dense; 16-byte aligned
+};
+
 // What went wrong in this thread's last call that did not return QVDIT_OK. Never null; valid until the next call.
 QVDIT_API const char* qvdit_last_error(void);
 
@@ -146,6 +162,7 @@ QVDIT_API int32_t qvdit_check_device(void);
 QVDIT_API int32_t qvdit_quantize_rows(const struct qvdit_quantize_args* args, void* stream);
 QVDIT_API int32_t qvdit_unpack_weight(const struct qvdit_unpack_args* args, void* stream);
 QVDIT_API int32_t qvdit_low_bit_gemm(const struct qvdit_gemm_args* args, void* stream);
+QVDIT_API int32_t qvdit_attention(const struct qvdit_attention_args* args, void* stream);
 
 #ifdef __cplusplus
 }

@@ -192,7 +192,9 @@ def failures(result: Mapping[str, Any]) -> list[str]:
     if static:
         found.append(f"{len(static)} static layers off by more than {STATIC_TOLERANCE}, the first {static[0]['name']}")
     name, ratio = standard(result)
-    if not _within(ratio, *ERROR_RATIOS):
+    # Rounding of the engine's kind may well be better than PyTorch's; no rounding at all would be another model.
+    least = 0.0 if "half_error_ratio" in result else ERROR_RATIOS[0]
+    if not _within(ratio, least, ERROR_RATIOS[1]):
         found.append(f"an error against full precision of {_text(ratio)} of that of {name}")
     return found
 
@@ -211,6 +213,7 @@ def refuse_failed(result: Mapping[str, Any], where: Path) -> None:
     if found:
         raise QvditError(
             f"an engine that fails parity: {'; '.join(found)}",
-            f"equal integers, and an error of {ERROR_RATIOS[0]} to {ERROR_RATIOS[1]} of the reference's",
+            f"equal integers, and an error of at most {ERROR_RATIOS[1]} of the reference's (and at least "
+            f"{ERROR_RATIOS[0]} of a float32 one's)",
             f"look at {where}; the engine that was there before is untouched",
         )

@@ -156,7 +156,7 @@ def tensor_types(trt: Any, network: Any) -> dict[str, Any]:
         given = [types.get(tensor.name, tensor.dtype) for tensor in _inputs(layer)]
         kind = _own_type(trt, layer) or next((kind for kind in given if kind in floats), trt.DataType.FLOAT)
         for index, tensor in enumerate(_outputs(layer)):
-            # Only the first output of the plugin is of its input's type; the others are for tests.
+            # Only the first output of a plugin is of that type; the others are for tests.
             follows = tensor.dtype in floats and not (index and layer.type == trt.LayerType.PLUGIN_V2)
             types[tensor.name] = kind if follows else tensor.dtype
     return types
@@ -171,6 +171,9 @@ def _own_type(trt: Any, layer: Any) -> Any:
         layer.__class__ = trt.IConstantLayer
         kind = str(layer.weights.dtype)  # numpy's, or TensorRT's where numpy has no such type
         return trt.DataType.HALF if kind in ("float16", "DataType.HALF") else None
+    if layer.type == trt.LayerType.PLUGIN_V2 and layer.num_inputs > 1 and layer.get_input(1).dtype in _floats(trt):
+        # It normalizes a float32 x, which a modulation follows, or is attention; integers follow any other x.
+        return trt.DataType.HALF
     return trt.DataType.FLOAT if layer.type == trt.LayerType.DEQUANTIZE else None
 
 

@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 from onnx import TensorProto
 
 from qvdit.contract import ACT_BITS, WEIGHT_BITS, FrameRows, LowBitLayer, QvditError, StaticInt8Layer
+from qvdit.contract.kernels import Prologue
 from qvdit.contract.layer import arrays
 from qvdit.contract.parity import relative_error
 from qvdit.export import graph, plugin
 from qvdit.export.files import save_model
 from qvdit.export.opset import lowered
 from qvdit.export.precision import strongly_typed
-from qvdit.export.trace import trace
+from qvdit.export.prologue import Reading, with_prologues
 from qvdit.method.reference import quantized_transformer
-from qvdit.models import ADAPTERS
 from qvdit.runtimes.onnxruntime import session
 
 EVERY_PART = ("zero", "bias", "smooth", "gain")
@@ -57,7 +57,7 @@ def test_node_is_as_the_plugin_reads_it(low_bit_layer: Any) -> None:
     (node,) = model.graph.node
     assert (node.op_type, node.domain, node.name) == ("LowBitLinear", "qvdit", layer.name)
     assert {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute} == {
-        "plugin_version": b"1",
+        "plugin_version": b"2",
         "plugin_namespace": b"",
         "in_features": 45,
         "out_features": 6,
@@ -69,6 +69,9 @@ def test_node_is_as_the_plugin_reads_it(low_bit_layer: Any) -> None:
         "rows": 1,
         "frames": 4,
         "rotation": 0,
+        "prologue": 0,
+        "epsilon": 0,
+        "y_type": 1,
         "has_zero": 1,
         "has_bias": 1,
         "has_smooth": 1,
@@ -223,7 +226,7 @@ def run_torch(model: Any, inputs: dict[str, torch.Tensor]) -> np.ndarray:
 
 def lower(traced: onnx.ModelProto, layers: tuple[LowBitLayer, ...], **options: Any) -> onnx.ModelProto:
     typed = strongly_typed(traced, {layer.name: layer.shape for layer in layers})
-    return plugin.plugin_model(lowered(typed), layers, **options)
+    return plugin.plugin_model(lowered(with_prologues(typed, [layer.name for layer in layers])), layers, **options)
 
 
 KINDS = [(4, 8, True, 1), (3, 6, False, 2), (8, 8, True, 0)]
@@ -297,7 +300,11 @@ def test_every_value_is_described(traced_wan: onnx.ModelProto, wan_model: Any, r
             (y,) = node.output
             n = onnx.helper.get_node_attr_value(node, "out_features")
             assert (described[y].elem_type, described[y].shape.dim[-1].dim_value) == (TensorProto.FLOAT16, n)
-            assert described[node.input[0]].elem_type == TensorProto.FLOAT16
+            reading = Reading.of(node)
+            exact = reading.prologue is Prologue.LAYERNORM
+            assert {described[name].elem_type for name in reading.inputs} == {
+                TensorProto.FLOAT if exact else TensorProto.FLOAT16
+            }
 
 
 def test_bfloat16(traced_wan: onnx.ModelProto, wan_model: Any, rtn_layers: Any) -> None:
@@ -337,19 +344,10 @@ def test_same_layers_same_bytes(traced_wan: onnx.ModelProto, wan_model: Any, rtn
 
 @pytest.mark.parametrize(("family", "nodes"), [("wan", 14), ("latte", 11), ("cogvideox", 8)])
 def test_merging_changes_nothing(
-    family: str, nodes: int, wide_models: Any, wide_inputs: Any, rtn_layers: Any, shared: Any
+    family: str, nodes: int, wide_models: Any, wide_inputs: Any, wide_traced: Any, rtn_layers: Any
 ) -> None:
     transformer, inputs = wide_models[family], wide_inputs[family]
-    layers = rtn_layers(transformer, 4, rank=1)
-
-    def make(folder: Path) -> None:
-        adapter = next(a for a in ADAPTERS if a.family == family)
-        folder.mkdir()
-        onnx.save(
-            trace(transformer, adapter, {layer.name: layer.shape[0] for layer in layers}, inputs), folder / "t.onnx"
-        )
-
-    traced = onnx.load(shared(f"traced-wide-{family}", make) / "t.onnx")
+    layers, traced = rtn_layers(transformer, 4, rank=1), wide_traced(family)
     merged, single = lower(traced, layers), lower(traced, layers, merge=False)
     assert sum(node.domain == "qvdit" for node in single.graph.node) == len(layers)
     assert sum(node.domain == "qvdit" for node in merged.graph.node) == nodes

@@ -21,7 +21,7 @@ from qvdit.models import ADAPTERS
 from qvdit.runtimes.onnxruntime import session
 
 FLOAT, HALF, BFLOAT = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16
-EXACT = {"LayerNormalization", "Pow", "ReduceMean", "Sqrt", "Reciprocal", "Softmax", "Gelu", "Sigmoid", "Sin", "Cos"}
+EXACT = {"LayerNormalization", "Pow", "ReduceMean", "Sqrt", "Reciprocal", "Gelu", "Sigmoid", "Sin", "Cos"}
 
 
 def weights_of(model: Any) -> dict[str, graph.FullWeights]:
@@ -126,7 +126,17 @@ def test_error_of_mixed_types(case: Any) -> None:
 
 def test_an_operator_may_be_low_after_all(case: Any) -> None:
     traced, model, _ = case
-    typed = precision.strongly_typed(traced, widths_of(model), also_low=["Softmax"])
+    norms = {}
+    for also_low in ((), ("LayerNormalization",)):
+        typed = precision.strongly_typed(traced, widths_of(model), also_low=also_low)
+        types = types_of(typed)
+        norms[also_low] = {types[n.output[0]] for n in typed.graph.node if n.op_type == "LayerNormalization"}
+    assert norms == {(): {FLOAT}, ("LayerNormalization",): {FLOAT, HALF}}
+
+
+def test_attention_between_its_products_is_low(case: Any) -> None:
+    traced, model, _ = case
+    typed = precision.strongly_typed(traced, widths_of(model))
     types = types_of(typed)
     softmaxes = [node for node in typed.graph.node if node.op_type == "Softmax"]
     assert softmaxes
@@ -154,6 +164,8 @@ def test_static_layers_read_float32_and_write_the_low_type(case: Any) -> None:
     for node in typed.graph.node:
         if node.domain == "qvdit":
             assert (types[node.input[0]], types[node.output[0]]) == (FLOAT, HALF)
+        if node.op_type == "Softmax":
+            assert (types[node.input[0]], types[node.output[0]]) == (FLOAT, FLOAT)
 
 
 def model_of(nodes: list[onnx.NodeProto], constants: dict[str, np.ndarray]) -> onnx.ModelProto:

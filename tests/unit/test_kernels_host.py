@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qvdit.contract import WEIGHT_BITS, QvditError
+from qvdit.contract.kernels import Prologue
 from qvdit.contract.layer import ROW_PAD
 from qvdit.contract.packing import pack, unpack
 from qvdit.runtimes import cuda
@@ -100,12 +101,13 @@ def test_quotients_of_any_size_are_rounded_as_a_division_is(host, divisor, seed,
 
 
 def test_python_repeats_the_argument_structs(host):
-    sizes = (ctypes.c_int64 * 3)()
+    structs = (cuda.QuantizeArgs, cuda.UnpackArgs, cuda.GemmArgs, cuda.AttentionArgs)
+    sizes = (ctypes.c_int64 * len(structs))()
     host.qvdit_host_struct_sizes(sizes)
-    assert list(sizes) == [ctypes.sizeof(s) for s in (cuda.QuantizeArgs, cuda.UnpackArgs, cuda.GemmArgs)]
+    assert list(sizes) == [ctypes.sizeof(struct) for struct in structs]
     header = (CSRC / "qvdit_kernels.h").read_text()
-    for struct in (cuda.QuantizeArgs, cuda.UnpackArgs, cuda.GemmArgs):
-        name = {"QuantizeArgs": "quantize", "UnpackArgs": "unpack", "GemmArgs": "gemm"}[struct.__name__]
+    for struct in structs:
+        name = struct.__name__.removesuffix("Args").lower()
         body = header.split(f"struct qvdit_{name}_args {{")[1].split("\n};")[0]
         code = " ".join(line.split("//")[0] for line in body.splitlines())
         declared = [
@@ -116,7 +118,7 @@ def test_python_repeats_the_argument_structs(host):
 
 def test_python_repeats_the_enums():
     header = (CSRC / "qvdit_kernels.h").read_text()
-    for prefix, enum in (("QVDIT_TILE_", cuda.Tile), ("QVDIT_", cuda.Dtype), ("QVDIT_", cuda.Prologue)):
+    for prefix, enum in (("QVDIT_TILE_", cuda.Tile), ("QVDIT_", cuda.Dtype), ("QVDIT_", Prologue)):
         for member in enum:
             assert f"{prefix}{member.name} = {member.value}" in header
     assert f"#define QVDIT_ABI {cuda.ABI}" in header

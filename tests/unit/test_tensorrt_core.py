@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import re
 import shutil
+import struct
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -15,13 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qvdit.contract import FrameRows
+from qvdit.contract.kernels import Prologue
 from qvdit.contract.packing import packed_words
 from qvdit.runtimes import cuda
 
 HERE = Path(__file__).parent / "csrc"
 PLUGIN = Path(__file__).parents[2] / "runtimes" / "csrc" / "tensorrt"
 FLAGS = ("-std=c++17", "-O1", "-fno-exceptions", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC")
-CORE = (PLUGIN / "attributes.cc", PLUGIN / "low_bit_core.cc")
+CORE = tuple(PLUGIN / f"{name}.cc" for name in ("node", "attributes", "low_bit_core", "attention_core"))
 
 LAYER = {
     "in_features": 100,
@@ -34,6 +36,9 @@ LAYER = {
     "rows": 0,
     "frames": 0,
     "rotation": 0,
+    "prologue": 0,
+    "epsilon": 0,
+    "y_type": 1,
     "has_zero": 0,
     "has_bias": 0,
     "has_smooth": 0,
@@ -49,12 +54,32 @@ FULL = LAYER | {
     "rows": 1,
     "frames": 4,
     "rotation": 4,
+    "prologue": 2,
     "has_zero": 1,
     "has_bias": 1,
     "has_smooth": 1,
 }
+ATTENTION = {
+    "heads": 3,
+    "head_size": 16,
+    "packed": 0,
+    "q_layout": 0,
+    "k_layout": 0,
+    "v_layout": 0,
+    "scale": 1048576000,  # 0.25
+}
+# The same as FULL with a LayerNorm and its modulation.
+EPSILON = 1e-6
+
+
+def bits_of(number: float) -> int:
+    return struct.unpack("<i", struct.pack("<f", number))[0]
+
+
+NORMED = FULL | {"prologue": 1, "epsilon": bits_of(EPSILON)}
 ROWS = {FrameRows.NONE: 0, FrameRows.SEQUENCE: 1, FrameRows.SPATIAL: 2, FrameRows.TEMPORAL: 3}
-INPUTS = ("x", "words", "weight_scale", "weight_zero", "bias", "inv_smooth", "alpha", "beta", "frame_gain")
+MODULATION = ("modulation_scale", "modulation_shift")
+INPUTS = ("x", *MODULATION, "words", "weight_scale", "weight_zero", "bias", "inv_smooth", "alpha", "beta", "frame_gain")
 PIECES = ("weight", "weight_sum", "x_q", "scale", "zero", "u", "row_sum")
 F32, F16, BF16, S32, OTHER = cuda.Dtype.F32, cuda.Dtype.F16, cuda.Dtype.BF16, cuda.Dtype.S32, -1
 
@@ -66,7 +91,7 @@ class Tensor(ctypes.Structure):
 
 
 class InputPort(ctypes.Structure):
-    _fields_ = (("input", _INT), ("name", ctypes.c_char_p), ("type", _INT), ("rank", _INT), ("dims", _SIZE * 2))
+    _fields_ = (("input", _INT), ("name", ctypes.c_char_p), ("type", _INT), ("rank", _INT), ("dims", _SIZE * 3))
 
 
 class OutputPort(ctypes.Structure):
@@ -131,6 +156,8 @@ class Core:
     def tensors(self, attributes: Any, x: Tensor) -> Any:
         """What a well-formed node is given beside x."""
         others = [tensor(dtype, *shape) for dtype, shape in list(self.inputs(attributes).values())[1:]]
+        for other in others:  # a modulation for each of x's
+            other.dims[0] = x.dims[0] if other.dims[0] == -1 else other.dims[0]
         return (Tensor * (1 + len(others)))(x, *others)
 
     def check(self, attributes: Any, tensors: Any, known: bool = True) -> bool:
@@ -156,7 +183,8 @@ def core_library(shared: Callable[..., Path]) -> Path:
 
     def build(folder: Path) -> None:
         folder.mkdir()
-        sources = [str(s) for s in (*CORE, HERE / "fake_kernels.cc", HERE / "low_bit_core_driver.cc")]
+        drivers = (HERE / f"{name}.cc" for name in ("fake_kernels", "low_bit_core_driver", "attention_core_driver"))
+        sources = [str(s) for s in (*CORE, *drivers)]
         compiled([compiler, *FLAGS, *sources, "-o", str(folder / "libcore.so")])
 
     return shared("tensorrt-core", build) / "libcore.so"
@@ -173,7 +201,7 @@ def core(core_library: Path) -> Core:
 def test_a_nodes_attributes_are_those_of_the_export(core):
     assert core.fields() == list(LAYER)
     assert list(core.attributes()) == list(LAYER.values())
-    assert list(core.attributes(**FULL)) == list(FULL.values())
+    assert list(core.attributes(**NORMED)) == list(NORMED.values())
 
 
 def test_unknown_attributes_are_left_alone(core):
@@ -210,6 +238,13 @@ def test_a_missing_attribute_is_named(core, name):
         ({"rotation": 3}, "got rotation 3 of in_features 100, expected 0 or a power of two to 1024 that divides them"),
         ({"rotation": 8}, "got rotation 8 of in_features 100"),
         ({"rotation": 2048, "in_features": 4096}, "got rotation 2048"),
+        ({"prologue": 3}, "got prologue 3, expected 0 (none), 1 (LayerNorm) or 2 (GELU)"),
+        ({"prologue": -1}, "got prologue -1"),
+        ({"epsilon": bits_of(-1e-6)}, "got epsilon -1e-06, expected the bits of a float of 0 or more"),
+        ({"epsilon": bits_of(float("inf"))}, "got epsilon inf"),
+        ({"epsilon": bits_of(float("nan"))}, "got epsilon nan"),
+        ({"y_type": 3}, "got y_type 3, expected 0 (float32), 1 (float16) or 2 (bfloat16)"),
+        ({"y_type": -1}, "got y_type -1"),
         ({"frames": 4, "rows": 1}, "got gains of 4 frames with rank 0 and rows 1, expected a rank"),
         ({"frames": 4, "rank": 1}, "got gains of 4 frames with rank 1 and rows 0, expected a rank and rows"),
     ],
@@ -235,7 +270,7 @@ def restored(core: Core, blob: bytes) -> list[int] | None:
     return list(attributes) if core.ask("core_deserialize", data, _SIZE(len(blob)), attributes) else None
 
 
-@pytest.mark.parametrize("layer", [LAYER, FULL], ids=["plain", "full"])
+@pytest.mark.parametrize("layer", [LAYER, FULL, NORMED], ids=["plain", "full", "normed"])
 def test_an_engine_keeps_the_attributes(core, layer):
     assert restored(core, serialized(core, core.attributes(**layer))) == list(layer.values())
 
@@ -258,9 +293,9 @@ def test_every_other_length_is_refused(core):
 @pytest.mark.parametrize(
     ("word", "value", "message"),
     [
-        (0, 7, r"got 72 bytes that are no LowBitLinear, .*: build the engine again"),
-        (1, 2, r"got a layer of version 2, expected 1: build the engine again with this plugin, or load"),
-        (2, 76, r"got 72 bytes that say they are 76, expected 72: build"),
+        (0, 7, r"got 84 bytes that are no LowBitLinear, .*: build the engine again"),
+        (1, 2, r"got a layer of version 2, expected 3: build the engine again with this plugin, or load"),
+        (2, 88, r"got 84 bytes that say they are 88, expected 84: build"),
         (3, 64, r"got a damaged layer, expected its checksum to match: build"),
     ],
     ids=["magic", "version", "size", "attribute"],
@@ -290,6 +325,17 @@ def test_inputs_follow_the_attributes(core, bits):
     }
 
 
+def test_a_modulation_follows_a_float32_x(core):
+    found = core.inputs(core.attributes(**NORMED))
+    assert list(found.items())[:3] == [
+        ("x", (F32, (-1, -1))),
+        ("modulation_scale", (F32, (-1, 1, 100))),
+        ("modulation_shift", (F32, (-1, 1, 100))),
+    ]
+    rest = {name: port for name, port in found.items() if name not in ("x", *MODULATION)}
+    assert rest == {n: p for n, p in core.inputs(core.attributes(**FULL)).items() if n != "x"}
+
+
 def test_zero_points_fill_whole_words(core):
     assert core.inputs(core.attributes(out_features=257, segment=257, has_zero=1))["weight_zero"] == (S32, (65,))
 
@@ -299,7 +345,7 @@ def test_outputs(core):
     assert core.library.core_outputs(core.attributes(), ports) == 1
     assert core.library.core_outputs(core.attributes(test_outputs=1), ports) == 5
     found = [(port.type, port.columns) for port in ports]
-    assert found == [(OTHER, 256), (S32, K_PAD // 4), (F32, 0), (S32, 0), (S32, 256)]
+    assert found == [(F16, 256), (S32, K_PAD // 4), (F32, 0), (S32, 0), (S32, 256)]
 
 
 @pytest.mark.parametrize("dtype", [F32, F16, BF16])
@@ -328,15 +374,16 @@ def test_an_x_that_does_not_fit(core, x, message):
 
 
 @pytest.mark.parametrize("position", range(1, len(INPUTS)))
-def test_a_constant_that_does_not_fit_is_named(core, position):
-    attributes = core.attributes(**FULL)
+def test_an_input_that_does_not_fit_is_named(core, position):
+    attributes = core.attributes(**NORMED)
     name = INPUTS[position]
-    tensors = core.tensors(attributes, tensor(F16, 8, 100))
-    tensors[position].dims[0] += 1
+    tensors = core.tensors(attributes, tensor(F32, 2, 8, 100))
+    last = tensors[position].rank - 1
+    tensors[position].dims[last] += 1
     assert not core.check(attributes, tensors)
     assert core.message.startswith(f"got {name} of [")
     assert "export the model again" in core.message
-    tensors[position].dims[0] -= 1
+    tensors[position].dims[last] -= 1
     tensors[position].type = F16
     assert not core.check(attributes, tensors)
     assert core.message.startswith(f"got {name} of float16, expected ")
@@ -347,6 +394,46 @@ def test_another_number_of_inputs_is_refused(core):
     tensors = core.tensors(attributes, tensor(F16, 8, 100))
     assert not core.ask("core_check", attributes, tensors, 3, 1)
     assert core.message.startswith("got 3 inputs, expected the 4 that its attributes name")
+
+
+def normed(core: Core, attributes: Any, x: Tensor, scale: int, shift: int) -> Any:
+    """The inputs of a node whose modulations have so many rows."""
+    tensors = core.tensors(attributes, x)
+    tensors[1].dims[0], tensors[2].dims[0] = scale, shift
+    return tensors
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_modulation_of_every_group_or_of_all(core, rows):
+    attributes = core.attributes(**NORMED)
+    assert core.check(attributes, normed(core, attributes, tensor(F32, 2, 8, 100), rows, rows))
+    assert core.check(attributes, normed(core, attributes, tensor(F32, -1, -1, 100), rows, rows), known=False)
+    assert core.check(attributes, normed(core, attributes, tensor(F32, 2, 8, 100), -1, rows), known=False)
+
+
+@pytest.mark.parametrize(
+    ("x", "scale", "shift"),
+    [
+        (tensor(F32, 2, 8, 100), 3, 3),
+        (tensor(F32, 2, 8, 100), 1, 2),
+        (tensor(F32, 2, 8, 100), 2, 1),
+        (tensor(F32, 1, 8, 100), 2, 2),
+        (tensor(F32, 8, 100), 8, 8),
+        (tensor(F32, 2, 2, 4, 100), 2, 2),
+    ],
+)
+def test_a_modulation_that_does_not_belong_to_x(core, x, scale, shift):
+    attributes = core.attributes(**NORMED)
+    assert not core.check(attributes, normed(core, attributes, x, scale, shift))
+    assert core.message.startswith(f"got modulations of [{scale}, 1, 100] and [{shift}, 1, 100] for x of [")
+    assert core.message.endswith("expected [G, 1, K] for [G, L, K], or [1, 1, K]: export the model again")
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16])
+def test_a_layernorm_reads_float32(core, dtype):
+    attributes = core.attributes(**NORMED)
+    assert not core.check(attributes, core.tensors(attributes, tensor(dtype, 2, 8, 100)))
+    assert re.match("got x of b?float16, expected float32: export", core.message)
 
 
 # Frames
@@ -426,13 +513,20 @@ def addresses(count: int, start: int) -> Any:
     return (ctypes.c_void_p * count)(*(start + 0x10000 * i for i in range(count)))
 
 
-def launched(core: Core, layer: dict[str, int], dims: tuple[int, ...] = (2, 8, 100), dtype: int = F16) -> Any:
-    """Run a node on made-up addresses: its launches, its inputs, outputs and pieces by name."""
+def launched(
+    core: Core, layer: dict[str, int], dims: tuple[int, ...] = (2, 8, 100), dtype: int = F16, groups: int | None = None
+) -> Any:
+    """Run a node on made-up addresses: its launches, its inputs, outputs and pieces by name.
+
+    groups: rows of the modulation; as many as x has unless given.
+    """
     attributes = core.attributes(**layer)
     names = list(core.inputs(attributes))
     inputs, outputs = addresses(len(names), 0x10000000), addresses(5, 0x20000000)
     base = 0x30000010  # TensorRT promises no alignment
     descriptions = core.tensors(attributes, tensor(dtype, *dims))
+    if groups is not None:
+        descriptions[1].dims[0] = descriptions[2].dims[0] = groups
     done = core.ask("core_run", attributes, descriptions, inputs, outputs, ctypes.c_void_p(base), ctypes.c_void_p(0x77))
     assert done, core.message
     rows = 1
@@ -470,7 +564,7 @@ def test_a_plain_node(core):
         "m": 16,
         "k": 100,
         "x_dtype": F16,
-        "prologue": cuda.Prologue.PLAIN,
+        "prologue": Prologue.PLAIN,
         "act_bits": 8,
         "symmetric": 1,
         "epsilon": 0.0,
@@ -494,10 +588,11 @@ def test_a_plain_node(core):
     }
 
 
+@pytest.mark.parametrize("y_type", [F32, F16, BF16])
 @pytest.mark.parametrize("dtype", [F32, F16, BF16])
-def test_y_is_of_the_type_of_x(core, dtype):
-    calls, *_ = launched(core, LAYER, dtype=dtype)
-    assert calls[0][1].x_dtype == calls[2][1].y_dtype == dtype
+def test_y_is_of_its_own_type(core, dtype, y_type):
+    calls, *_ = launched(core, LAYER | {"y_type": y_type}, dtype=dtype)
+    assert (calls[0][1].x_dtype, calls[2][1].y_dtype) == (dtype, y_type)
 
 
 def test_a_full_node(core):
@@ -508,13 +603,28 @@ def test_a_full_node(core):
     assert (quantize.inv_smooth, quantize.alpha) == (given["inv_smooth"], given["alpha"])
     assert (quantize.rank, quantize.ranks_per_gain) == (6, 3)  # of both linears, of one
     assert (quantize.frames, quantize.frame_gain, quantize.tokens_per_frame) == (4, given["frame_gain"], 2)
-    assert quantize.rotation == 4
+    assert (quantize.rotation, quantize.prologue) == (4, Prologue.GELU)
     assert (quantize.symmetric, quantize.zero, quantize.u) == (0, pieces["zero"], pieces["u"])
     assert quantize.row_sum == pieces["row_sum"]
     assert (gemm.zero, gemm.weight_sum) == (pieces["zero"], pieces["weight_sum"])
     assert (gemm.weight_zero, gemm.row_sum) == (given["weight_zero"], pieces["row_sum"])
     assert (gemm.u, gemm.beta, gemm.rank, gemm.segment) == (pieces["u"], given["beta"], 3, 128)
     assert gemm.bias == given["bias"]
+
+
+@pytest.mark.parametrize(
+    ("dims", "groups", "rows"),
+    [((2, 8, 100), 2, 8), ((2, 8, 100), 1, 16), ((1, 8, 100), 1, 8), ((8, 100), 1, 8), ((2, 2, 4, 100), 1, 16)],
+)
+def test_a_node_with_a_layernorm(core, dims, groups, rows):
+    calls, given, _, pieces = launched(core, NORMED, dims, F32, groups)
+    quantize, _, gemm = (arguments for _, arguments in calls)
+    assert (quantize.x, quantize.x_dtype, quantize.prologue) == (given["x"], F32, Prologue.LAYERNORM)
+    assert (quantize.modulation_scale, quantize.modulation_shift) == (given[MODULATION[0]], given[MODULATION[1]])
+    assert (quantize.modulation_stride, quantize.rows_per_modulation) == (100, rows)
+    assert bits_of(quantize.epsilon) == bits_of(EPSILON)
+    assert (quantize.inv_smooth, quantize.alpha) == (given["inv_smooth"], given["alpha"])
+    assert (gemm.y_dtype, gemm.bias, gemm.u) == (F16, given["bias"], pieces["u"])
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6])

@@ -18,7 +18,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_tensorrt_core import BF16, F16, F32, FULL, HERE, LAYER, OTHER, PLUGIN, S32, Tensor, addresses, tensor
+from test_tensorrt_core import (
+    ATTENTION,
+    BF16,
+    F16,
+    F32,
+    FULL,
+    HERE,
+    LAYER,
+    NORMED,
+    OTHER,
+    PLUGIN,
+    S32,
+    Tensor,
+    addresses,
+    tensor,
+)
 
 from qvdit.contract.packing import packed_words
 from qvdit.export.cross import header_version
@@ -77,14 +92,21 @@ class Driver:
         """The last one logged."""
         return self.library.plugin_message().decode()
 
-    def create(self, layer: dict[str, int], name: bytes = b"blocks.0.attn.q") -> Plugin | None:
+    def create(
+        self, layer: dict[str, int], name: bytes = b"blocks.0.attn.q", kind: bytes = b"LowBitLinear"
+    ) -> Plugin | None:
         names = (ctypes.c_char_p * len(layer))(*(n.encode() for n in layer))
         values = (ctypes.c_int32 * len(layer))(*layer.values())
-        made = self.library.plugin_create(name, names, values, len(layer))
+        made = self.library.plugin_create(kind, name, names, values, len(layer))
         return Plugin(self, made) if made else None
 
     def plugin(self, **changes: int) -> Plugin:
         made = self.create(LAYER | changes)
+        assert made is not None, self.message
+        return made
+
+    def attention(self, **changes: int) -> Plugin:
+        made = self.create(ATTENTION | changes, b"attn", b"HeadwiseAttention")
         assert made is not None, self.message
         return made
 
@@ -138,6 +160,12 @@ def full_node(x: Tensor) -> Any:
     return (Tensor * 9)(*node(x, bits=8), *(tensor(*shape) for shape in others))
 
 
+def normed_node(x: Tensor, groups: int) -> Any:
+    modulation = tensor(F32, groups, 1, 100)
+    first, *others = full_node(x)
+    return (Tensor * 11)(first, modulation, modulation, *others)
+
+
 @pytest.fixture(scope="module", params=VERSIONS)
 def driver(request: Any, shared: Callable[..., Path]) -> Driver:
     version = request.param
@@ -165,24 +193,38 @@ def test_a_refused_layer_is_named(driver):
 
 def test_outputs_have_types_and_shapes(driver):
     plain, tested = driver.plugin(), driver.plugin(test_outputs=1)
-    assert plain.types(node(tensor(F16, -1, -1, 100))) == [TYPES[F16]]
+    assert plain.types(node(tensor(F16, -1, -1, 100))) == plain.types(node(tensor(F32, -1, -1, 100))) == [TYPES[F16]]
+    assert driver.plugin(y_type=F32).types(node(tensor(F16, -1, -1, 100))) == [TYPES[F32]]
+    assert driver.plugin(**NORMED).types(normed_node(tensor(F32, -1, -1, 100), -1)) == [TYPES[F16]]
     assert plain.shapes(node(tensor(F16, -1, -1, 100))) == [(-1, -1, 256)]
-    assert tested.types(node(tensor(F32, 2, -1, 100))) == [TYPES[t] for t in (F32, S32, F32, S32, S32)]
+    assert tested.types(node(tensor(F32, 2, -1, 100))) == [TYPES[t] for t in (F16, S32, F32, S32, S32)]
     assert tested.shapes(node(tensor(F32, 2, -1, 100))) == [(2, -1, 256), (2, -1, 32), (2, -1), (2, -1), (2, -1, 256)]
 
 
 def test_formats(driver):
-    plugin = driver.plugin()
     for dtype in (F32, F16, BF16):
+        plugin = driver.plugin(y_type=dtype)
         tensors = (Tensor * 4)(*node(tensor(dtype, 2, 8, 100)), tensor(dtype, 2, 8, 256))
         served = dtype != BF16 or driver.major >= 10
-        assert plugin.takes(0, tensors) == served
-        assert plugin.takes(3, tensors) == served or driver.major < 10
+        assert plugin.takes(0, tensors) == plugin.takes(3, tensors) == served
         assert not plugin.takes(0, tensors, form=CHW4)
         assert plugin.takes(1, tensors)
         assert plugin.takes(2, tensors)
+        tensors[0].type, tensors[3].type = F16, F16  # y's type is its own
+        assert plugin.takes(0, tensors)
+        assert plugin.takes(3, tensors) == (dtype == F16)
     tensors[1].type, tensors[2].type, tensors[3].type = F32, F16, F32
     assert not any(plugin.takes(position, tensors) for position in (1, 2, 3))
+
+
+def test_formats_of_a_node_with_a_layernorm(driver):
+    """TensorRT 8.6 chooses among formats; a float32 x must not be narrowed."""
+    plugin = driver.plugin(**NORMED)
+    tensors = (Tensor * 12)(*normed_node(tensor(F32, 2, 8, 100), 2), tensor(F16, 2, 8, 256))
+    assert all(plugin.takes(position, tensors) for position in range(12))
+    for position in (0, 1, 2):
+        tensors[position].type = F16
+        assert not plugin.takes(position, tensors)
 
 
 def test_an_x_of_integers_is_refused(driver):
@@ -197,6 +239,21 @@ def test_an_x_of_integers_is_refused(driver):
 def test_a_well_formed_node_is_built(driver, x):
     assert driver.plugin().configured(node(x))
     assert driver.plugin(**FULL).configured(full_node(x))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_node_with_a_layernorm_is_built_and_run(driver, groups):
+    plugin = driver.plugin(**NORMED)
+    assert plugin.shapes(normed_node(tensor(F32, 2, -1, 100), groups)) == [(2, -1, 256)]
+    assert plugin.configured(normed_node(tensor(F32, -1, -1, 100), -1))
+    assert plugin.configured(normed_node(tensor(F32, 2, 8, 100), groups))
+    assert not plugin.configured(normed_node(tensor(F32, 2, 8, 100), 3))
+    assert "got modulations of [3, 1, 100] and [3, 1, 100] for x of [2, 8, 100]" in driver.message
+    driver.library.fake_reset(b"", 0)
+    assert plugin.restored().enqueued(normed_node(tensor(F32, 2, 8, 100), groups))
+    quantize = cuda.QuantizeArgs.from_address(driver.library.fake_args(0))
+    assert (quantize.modulation_scale, quantize.modulation_shift) == (0x10010000, 0x10020000)
+    assert quantize.rows_per_modulation == 16 // groups
 
 
 def test_wrong_shapes_end_the_build(driver):
@@ -235,7 +292,7 @@ def test_an_engine_keeps_its_plugins(driver):
     again = original.restored()
     assert again is not None
     assert again.call("plugin_outputs") == 5
-    for bit in range(0, 68 * 8, 7):
+    for bit in range(0, 84 * 8, 7):
         assert original.restored(bit) is None
         assert driver.message.startswith('LowBitLinear "blocks.0.attn.q": got ')
     for plugin in (original, again):
@@ -270,6 +327,87 @@ def assert_launched(driver: Driver) -> None:
     assert (gemm.weight_scale, gemm.beta) == (0x10020000, 0x10070000)
 
 
+# Attention
+
+HEADS_FIRST = {"q_layout": 1, "packed": 2}
+
+
+def attended(length: int = 8, keys: int = 6, dtype: int = F16) -> Any:
+    """q, k and v of three heads of 16 features."""
+    return (Tensor * 3)(*(tensor(dtype, 2, rows, 48) for rows in (length, keys, keys)))
+
+
+def test_a_refused_attention_is_named(driver):
+    assert driver.create(ATTENTION | {"head_size": 12}, b"attn", b"HeadwiseAttention") is None
+    assert driver.message.startswith('HeadwiseAttention "attn": got head_size 12, expected a multiple of 8 to 128: ')
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16])
+def test_attentions_result_is_of_its_queries_type_and_rows(driver, dtype):
+    if dtype == BF16 and driver.major < 10:
+        return
+    plugin = driver.attention()
+    assert plugin.call("plugin_outputs") == 1
+    assert plugin.types(attended(dtype=dtype)) == [TYPES[dtype]]
+    assert plugin.shapes((Tensor * 3)(*[tensor(dtype, -1, -1, 48)] * 3)) == [(-1, -1, 48)]
+    packed = driver.attention(packed=3)
+    assert packed.shapes((Tensor * 1)(tensor(dtype, 2, -1, 144))) == [(2, -1, 48)]
+    first = driver.attention(**HEADS_FIRST)
+    assert first.shapes((Tensor * 2)(tensor(dtype, 2, 3, 8, 16), tensor(dtype, 2, 6, 96))) == [(2, 8, 48)]
+
+
+def test_values_that_are_not_of_a_type_yet(driver):
+    """TensorRT 8.6 calls what will be float16 float32 until it builds."""
+    plugin = driver.attention()
+    driver.library.plugin_configure(plugin.address, attended(dtype=F32), 3)
+    before = driver.message
+    assert plugin.types(attended(dtype=F32)) == (None if driver.major >= 10 else [TYPES[F16]])
+    assert driver.major >= 10 or driver.message == before
+    assert plugin.types(attended(dtype=OTHER)) is None or driver.major < 10
+    assert "got q of another type, expected float16 or bfloat16" in driver.message
+
+
+def test_formats_of_attention(driver):
+    plugin = driver.attention()
+    for dtype in (F16, BF16):
+        tensors = (Tensor * 4)(*attended(dtype=dtype), tensor(dtype, 2, 8, 48))
+        served = dtype != BF16 or driver.major >= 10
+        assert all(plugin.takes(position, tensors) == served for position in range(4))
+        assert not any(plugin.takes(position, tensors, form=CHW4) for position in range(4))
+    tensors[1].type = tensors[3].type = F16 if driver.major >= 10 else F32
+    assert not plugin.takes(1, tensors)
+    assert not plugin.takes(3, tensors)
+    tensors[0].type = F32
+    assert not plugin.takes(0, tensors)
+
+
+def test_attention_is_built_and_run(driver):
+    plugin = driver.attention()
+    dynamic = (Tensor * 3)(*[tensor(F16, -1, -1, 48)] * 3)
+    assert plugin.configured(dynamic)
+    assert plugin.configured(attended())
+    assert plugin.workspace(dynamic, 64) == 0
+    assert not plugin.configured((Tensor * 3)(*attended()[:2], tensor(F16, 2, 7, 48)))
+    assert "got k of [2, 6, 48] and v of [2, 7, 48], expected as many rows of both" in driver.message
+    for run in (plugin, plugin.restored()):
+        driver.library.fake_reset(b"", 0)
+        assert run.enqueued(attended())
+        assert [driver.library.fake_name(i) for i in range(driver.library.fake_count())] == [b"attention"]
+    driver.library.fake_reset(b"attention", 0)
+    assert not plugin.enqueued(attended())
+    assert driver.message.startswith('HeadwiseAttention "')
+    driver.library.fake_reset(b"", 0)
+
+
+def test_an_engine_keeps_its_attention(driver):
+    original = driver.attention(**HEADS_FIRST)
+    for bit in range(0, 44 * 8, 7):
+        assert original.restored(bit) is None
+        assert driver.message.startswith('HeadwiseAttention "blocks.0.attn.q": got ')
+    assert original.restored().enqueued((Tensor * 2)(tensor(F16, 2, 3, 8, 16), tensor(F16, 2, 6, 96)))
+    driver.library.fake_reset(b"", 0)
+
+
 # Under a TensorRT that runs here
 
 
@@ -293,7 +431,8 @@ try:
 except OSError as error:
     sys.exit(f"skip: {{error}}")
 driver = tests.Driver(ctypes.CDLL({str(tmp_path / "plugin" / "lib.so")!r}))
-assert driver.library.plugin_has_creator()
+assert driver.library.plugin_has_creator(b"LowBitLinear")
+assert driver.library.plugin_has_creator(b"HeadwiseAttention")
 assert driver.library.qvdit_register_plugins() == 1
 assert driver.create(tests.LAYER | {{"act_bits": 4}}) is None
 plugin = driver.plugin(**tests.FULL)

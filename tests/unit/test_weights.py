@@ -9,11 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qvdit.contract import WEIGHT_BITS
+from qvdit.contract import WEIGHT_BITS, QvditError
 from qvdit.contract.layer import group_size
 from qvdit.method.weights import (
     CLIP_SEARCHES,
     WeightGrid,
+    cholesky,
     damped,
     per_feature,
     round_second_order,
@@ -206,6 +207,25 @@ def test_second_order_of_constant_rows(value):
     grid = search_grid(weight, 4, False)
     rounded = grid.dequantize(round_second_order(weight, grid, correlated_moment(33).float()))
     torch.testing.assert_close(rounded, weight, rtol=1e-5, atol=0)
+
+
+def test_inputs_on_a_line_whose_moments_were_summed_in_float32():
+    """One direction holds nearly everything: rounding leaves eigenvalues below zero, further than the damping lifts."""
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(96, 1, generator=generator)
+    moment = direction @ direction.T
+    moment -= torch.eye(96) * 3e-4 * moment.diagonal().mean()  # as far as a float32 sum of many records may be off
+    assert torch.linalg.eigvalsh(damped(moment, 1e-4))[0] < 0
+    root = cholesky(moment, 1e-4)
+    torch.testing.assert_close(root @ root.T, damped(moment, 1e-3))
+    order = torch.randperm(96, generator=generator)
+    root = cholesky(moment, 1e-4, order)
+    torch.testing.assert_close(root @ root.T, damped(moment, 1e-3)[order][:, order])
+
+
+def test_moments_that_are_no_numbers_are_refused():
+    with pytest.raises(QvditError, match="no numbers"):
+        cholesky(torch.full((4, 4), float("nan")))
 
 
 def test_second_order_with_inputs_that_are_never_active():

@@ -34,7 +34,7 @@ bool works(const std::string& name, int major, int older) {
 }
 
 void parse_onnx(const std::string& onnx, INetworkDefinition& network, Log& log) {
-  const std::unique_ptr<nvonnxparser::IParser> parser(nvonnxparser::createParser(network, log));
+  const Parser parser(nvonnxparser::createParser(network, log));
   if (!parser) throw Error("no ONNX parser (" + log.why() + ")", "one that starts", "see that TensorRT is whole");
   if (parser->parseFromFile(onnx.c_str(), 0)) return;
   const auto* first = parser->getNbErrors() > 0 ? parser->getError(0) : nullptr;

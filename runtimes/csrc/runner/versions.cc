@@ -50,10 +50,17 @@ bool is_move(LayerType type) {
          type == LayerType::kSCATTER || type == LayerType::kSELECT;
 }
 
+// Whether a layer is a plugin that gives kHALF whatever its first input: it normalizes a float32 x, which a modulation
+// follows, or is attention, of this type. Integers follow any other x.
+bool gives_half(const ILayer& layer) {
+  return layer.getType() == LayerType::kPLUGIN_V2 && layer.getNbInputs() > 1 && is_float(layer.getInput(1)->getType());
+}
+
 // The type that a layer has of itself, or else that of its first floating-point input.
 DataType type_of(const ILayer& layer, const Types& types) {
   if (layer.getType() == LayerType::kCAST) return static_cast<const nvinfer1::ICastLayer&>(layer).getToType();
   if (layer.getType() == LayerType::kDEQUANTIZE) return DataType::kFLOAT;
+  if (gives_half(layer)) return DataType::kHALF;
   if (layer.getType() == LayerType::kCONSTANT) {
     return static_cast<const nvinfer1::IConstantLayer&>(layer).getWeights().type;
   }
@@ -65,7 +72,7 @@ DataType type_of(const ILayer& layer, const Types& types) {
 }
 
 // The type of every tensor, as the graph has them: 8.6 calls all floating-point tensors but inputs kFLOAT until an
-// engine is built. Only the plugin's first output is of its input's type; the others are for tests.
+// engine is built. Only a plugin's first output is of a type of this kind; the others are for tests.
 Types tensor_types(const INetworkDefinition& network) {
   Types types;
   for (int i = 0; i < network.getNbInputs(); ++i) types[network.getInput(i)] = network.getInput(i)->getType();

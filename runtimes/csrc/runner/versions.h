@@ -4,6 +4,7 @@
 #include <NvInfer.h>
 #include <NvOnnxParser.h>
 
+#include <memory>
 #include <string>
 
 #include "../tensorrt/versions.h"
@@ -67,6 +68,22 @@ inline int64_t scratch_bytes(const nvinfer1::ICudaEngine& engine) {
   return static_cast<int64_t>(engine.getDeviceMemorySize());
 #endif
 }
+
+// In 8, by a function at whose place all its headers agree: the parser of 8.6.0 knows no flags, whose functions stand
+// before the destructor in the published header of 8.6.
+struct DestroyParser {
+  void operator()(nvonnxparser::IParser* parser) const {
+#if NV_TENSORRT_MAJOR < 10
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+    parser->destroy();
+#pragma GCC diagnostic pop
+#else
+    delete parser;
+#endif
+  }
+};
+using Parser = std::unique_ptr<nvonnxparser::IParser, DestroyParser>;
 
 // Which node a parser's error is about: its name is known from 10 on, its index before.
 inline std::string error_node(const nvonnxparser::IParserError& error) {

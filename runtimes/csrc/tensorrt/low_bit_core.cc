@@ -1,51 +1,12 @@
 #include "low_bit_core.h"
 
-#include <cstdio>
-
 #include "../unpack.h"
 
 namespace qvdit::trt {
 namespace {
 
-bool is_float(int32_t type) { return type == QVDIT_F32 || type == QVDIT_F16 || type == QVDIT_BF16; }
-
-const char* type_name(int32_t type) {
-  switch (type) {
-    case QVDIT_F32:
-      return "float32";
-    case QVDIT_F16:
-      return "float16";
-    case QVDIT_BF16:
-      return "bfloat16";
-    case QVDIT_S32:
-      return "int32";
-    default:
-      return "another type";
-  }
-}
-
-// A shape as "[2, ?, 64]".
-struct ShapeText {
-  char text[160];
-};
-
-ShapeText shape_text(const int64_t* dims, int32_t rank) {
-  ShapeText shape;
-  int used = std::snprintf(shape.text, sizeof(shape.text), "[");
-  for (int i = 0; i < rank && i < kMaxDims; ++i) {
-    const char* comma = i ? ", " : "";
-    const size_t room = sizeof(shape.text) - used;
-    used += dims[i] < 0 ? std::snprintf(shape.text + used, room, "%s?", comma)
-                        : std::snprintf(shape.text + used, room, "%s%lld", comma, static_cast<long long>(dims[i]));
-  }
-  std::snprintf(shape.text + used, sizeof(shape.text) - used, "]");
-  return shape;
-}
-
-bool fits(int64_t extent, int64_t expected) { return extent == kUnknown || extent == expected; }
-
 bool check_type(const InputPort& port, int32_t type, Refusal& refusal) {
-  if (port.input == kX) {
+  if (port.type == kOtherType) {
     return is_float(type) ||
            refuse(refusal, "got x of %s, expected float16, bfloat16 or float32: cast it", type_name(type));
   }
@@ -53,7 +14,7 @@ bool check_type(const InputPort& port, int32_t type, Refusal& refusal) {
                                      type_name(type), type_name(port.type));
 }
 
-bool check_x(const Attributes& attributes, const Tensor& x, Refusal& refusal) {
+bool check_x(const LowBitAttributes& attributes, const Tensor& x, Refusal& refusal) {
   if (x.rank < 2 || x.rank > kMaxDims || !fits(x.dims[x.rank - 1], attributes.in_features)) {
     return refuse(refusal, "got x of %s, expected [..., L, %d]: give it the layer's input",
                   shape_text(x.dims, x.rank).text, attributes.in_features);
@@ -69,8 +30,22 @@ bool check_constant(const InputPort& port, const Tensor& tensor, Refusal& refusa
                 shape_text(tensor.dims, tensor.rank).text, shape_text(port.dims, port.rank).text);
 }
 
+bool is_layernorm(const LowBitAttributes& attributes) { return attributes.prologue == QVDIT_LAYERNORM; }
+
+// Whether a modulation of G rows belongs to x. Scale and shift share rows_per_modulation, so both are to have the same.
+bool check_modulation(const Tensor* inputs, Refusal& refusal) {
+  const Tensor &x = inputs[kX], &scale = inputs[kModulationScale], &shift = inputs[kModulationShift];
+  const int64_t rows = scale.dims[0];
+  if (fits(shift.dims[0], rows) && (fits(rows, 1) || (x.rank == 3 && fits(x.dims[0], rows)))) return true;
+  return refuse(refusal,
+                "got modulations of %s and %s for x of %s, expected [G, 1, K] for [G, L, K], or [1, 1, K]: export the "
+                "model again",
+                shape_text(scale.dims, scale.rank).text, shape_text(shift.dims, shift.rank).text,
+                shape_text(x.dims, x.rank).text);
+}
+
 // 8-bit weights take no zero points: a difference of two 8-bit integers needs 9 bits.
-bool zeros_apart(const Attributes& attributes) { return attributes.has_zero && attributes.weight_bits == 8; }
+bool zeros_apart(const LowBitAttributes& attributes) { return attributes.has_zero && attributes.weight_bits == 8; }
 
 // Where everything is: pointers by role, null where absent.
 struct Memory {
@@ -81,7 +56,7 @@ struct Memory {
   const float* floats(Input role) const { return static_cast<const float*>(input[role]); }
 };
 
-Memory memory_of(const Attributes& attributes, int64_t rows, const void* const* inputs, void* const* outputs,
+Memory memory_of(const LowBitAttributes& attributes, int64_t rows, const void* const* inputs, void* const* outputs,
                  void* workspace) {
   Memory memory;
   const InputPorts ports = input_ports(attributes);
@@ -100,7 +75,7 @@ Memory memory_of(const Attributes& attributes, int64_t rows, const void* const* 
   return memory;
 }
 
-qvdit_unpack_args unpack_args(const Attributes& attributes, const Memory& memory) {
+qvdit_unpack_args unpack_args(const LowBitAttributes& attributes, const Memory& memory) {
   qvdit_unpack_args args = {};
   args.words = static_cast<const uint32_t*>(memory.input[kWords]);
   args.n = attributes.out_features;
@@ -112,18 +87,26 @@ qvdit_unpack_args unpack_args(const Attributes& attributes, const Memory& memory
   return args;
 }
 
-qvdit_quantize_args quantize_args(const Attributes& attributes, const Memory& memory, int32_t x_type, int64_t rows,
-                                  int64_t tokens) {
+qvdit_quantize_args quantize_args(const LowBitAttributes& attributes, const Memory& memory, const Tensor* inputs,
+                                  int64_t rows, int64_t tokens) {
+  const Tensor& x = inputs[kX];
   qvdit_quantize_args args = {};
   args.x = memory.input[kX];
   args.m = rows;
   args.k = attributes.in_features;
-  args.x_dtype = x_type;
-  args.prologue = QVDIT_PLAIN;
+  args.x_dtype = x.type;
+  args.prologue = attributes.prologue;
   args.act_bits = attributes.act_bits;
   args.symmetric = attributes.act_symmetric;
   args.inv_smooth = memory.floats(kInvSmooth);
   args.rotation = attributes.rotation;
+  if (is_layernorm(attributes)) {
+    args.modulation_scale = memory.floats(kModulationScale);
+    args.modulation_shift = memory.floats(kModulationShift);
+    args.modulation_stride = attributes.in_features;
+    args.rows_per_modulation = inputs[kModulationScale].dims[0] == 1 ? rows : x.dims[x.rank - 2];
+    args.epsilon = float_of(attributes.epsilon);
+  }
   args.frames = attributes.frames;
   args.frame_gain = memory.floats(kFrameGain);
   args.tokens_per_frame = tokens;
@@ -138,7 +121,7 @@ qvdit_quantize_args quantize_args(const Attributes& attributes, const Memory& me
   return args;
 }
 
-qvdit_gemm_args gemm_args(const Attributes& attributes, const Memory& memory, int32_t y_type, int64_t rows) {
+qvdit_gemm_args gemm_args(const LowBitAttributes& attributes, const Memory& memory, int64_t rows) {
   qvdit_gemm_args args = {};
   args.x_q = static_cast<const int8_t*>(memory.piece[kPieceXq]);
   args.weight = static_cast<const int8_t*>(memory.piece[kPieceWeight]);
@@ -161,39 +144,24 @@ qvdit_gemm_args gemm_args(const Attributes& attributes, const Memory& memory, in
   args.segment = attributes.segment;
   args.bias = memory.floats(kBias);
   args.y = memory.output[kY];
-  args.y_dtype = y_type;
+  args.y_dtype = attributes.y_type;
   args.tile = QVDIT_TILE_AUTO;
   return args;
 }
 
-// A kernel library's status as a refusal.
-bool succeeded(int32_t status, Refusal& refusal) {
-  switch (status) {
-    case QVDIT_OK:
-      return true;
-    case QVDIT_NO_KERNEL:
-      return refuse(refusal,
-                    "got no kernel (%s), expected one for this GPU: build the plugin with its QVDIT_ARCHITECTURES",
-                    qvdit_last_error());
-    case QVDIT_INVALID:
-      return refuse(
-          refusal, "got arguments that no kernel takes (%s), expected those of qvdit_kernels.h: export the model again",
-          qvdit_last_error());
-    default:
-      return refuse(refusal, "got a CUDA error (%s), expected a working device: see that nvidia-smi lists one",
-                    qvdit_last_error());
-  }
-}
-
 }  // namespace
 
-InputPorts input_ports(const Attributes& attributes) noexcept {
+InputPorts input_ports(const LowBitAttributes& attributes) noexcept {
   const int64_t k = attributes.in_features, n = attributes.out_features, r = attributes.rank, s = segments(attributes);
   InputPorts ports = {};
   const auto add = [&ports](bool present, const InputPort& port) {
     if (present) ports.port[ports.count++] = port;
   };
-  add(true, {kX, "x", kOtherType, 2, {kUnknown, kUnknown}});
+  const bool layernorm = is_layernorm(attributes);
+  // Not half-precision: TensorRT 8.6 would be free to narrow a residual stream that is float32 to hold what it holds.
+  add(true, {kX, "x", layernorm ? static_cast<int32_t>(QVDIT_F32) : kOtherType, 2, {kUnknown, kUnknown}});
+  add(layernorm, {kModulationScale, "modulation_scale", QVDIT_F32, 3, {kUnknown, 1, k}});
+  add(layernorm, {kModulationShift, "modulation_shift", QVDIT_F32, 3, {kUnknown, 1, k}});
   add(true, {kWords, "words", QVDIT_S32, 2, {n, attributes.weight_bits * padded(k) / 32}});
   add(true, {kWeightScale, "weight_scale", QVDIT_F32, 1, {n, 0}});
   add(attributes.has_zero, {kWeightZero, "weight_zero", QVDIT_S32, 1, {(n + 3) / 4, 0}});
@@ -205,9 +173,9 @@ InputPorts input_ports(const Attributes& attributes) noexcept {
   return ports;
 }
 
-int output_count(const Attributes& attributes) noexcept { return attributes.test_outputs ? kOutputs : 1; }
+int output_count(const LowBitAttributes& attributes) noexcept { return attributes.test_outputs ? kOutputs : 1; }
 
-OutputPort output_port(const Attributes& attributes, int output) noexcept {
+OutputPort output_port(const LowBitAttributes& attributes, int output) noexcept {
   switch (output) {
     case kXq:
       return {QVDIT_S32, padded(attributes.in_features) / 4};
@@ -218,11 +186,37 @@ OutputPort output_port(const Attributes& attributes, int output) noexcept {
     case kAcc:
       return {QVDIT_S32, attributes.out_features};
     default:
-      return {kOtherType, attributes.out_features};
+      return {attributes.y_type, attributes.out_features};
   }
 }
 
-bool check_types(const Attributes& attributes, const int32_t* types, int count, Refusal& refusal) noexcept {
+int input_count(const LowBitAttributes& attributes) noexcept { return input_ports(attributes).count; }
+
+bool takes_type(const LowBitAttributes& attributes, int position, int32_t type, int32_t) noexcept {
+  const InputPorts ports = input_ports(attributes);
+  if (position < ports.count) {
+    const int32_t wanted = ports.port[position].type;
+    return wanted == kOtherType ? is_float(type) : type == wanted;
+  }
+  const int output = position - ports.count;
+  return output < output_count(attributes) && type == output_port(attributes, output).type;
+}
+
+int32_t output_type(const LowBitAttributes& attributes, int output, int32_t) noexcept {
+  return output_port(attributes, output).type;
+}
+
+int32_t assumed_type(const LowBitAttributes& attributes, int input) noexcept {
+  const InputPorts ports = input_ports(attributes);
+  const int32_t wanted = input < ports.count ? ports.port[input].type : kOtherType;
+  return wanted == kOtherType ? static_cast<int32_t>(QVDIT_F32) : wanted;
+}
+
+bool check_early_type(const LowBitAttributes& attributes, int32_t type, Refusal& refusal) noexcept {
+  return check_types(attributes, &type, 1, refusal);
+}
+
+bool check_types(const LowBitAttributes& attributes, const int32_t* types, int count, Refusal& refusal) noexcept {
   const InputPorts ports = input_ports(attributes);
   for (int i = 0; i < count && i < ports.count; ++i) {
     if (!check_type(ports.port[i], types[i], refusal)) return false;
@@ -230,7 +224,7 @@ bool check_types(const Attributes& attributes, const int32_t* types, int count, 
   return true;
 }
 
-bool check_inputs(const Attributes& attributes, const Tensor* inputs, int count, Refusal& refusal) noexcept {
+bool check_inputs(const LowBitAttributes& attributes, const Tensor* inputs, int count, Refusal& refusal) noexcept {
   const InputPorts ports = input_ports(attributes);
   if (count != ports.count) {
     return refuse(refusal, "got %d inputs, expected the %d that its attributes name: export the model again", count,
@@ -241,7 +235,7 @@ bool check_inputs(const Attributes& attributes, const Tensor* inputs, int count,
     if (!check_type(port, inputs[i].type, refusal)) return false;
     if (!(i == kX ? check_x(attributes, inputs[i], refusal) : check_constant(port, inputs[i], refusal))) return false;
   }
-  return true;
+  return !is_layernorm(attributes) || check_modulation(inputs, refusal);
 }
 
 int64_t row_count(const Tensor& x) noexcept {
@@ -254,7 +248,7 @@ int64_t row_count(const Tensor& x) noexcept {
   return empty ? 0 : fits_64 ? rows : INT64_MAX;
 }
 
-bool tokens_per_frame(const Attributes& attributes, int64_t length, int64_t& tokens, Refusal& refusal) noexcept {
+bool tokens_per_frame(const LowBitAttributes& attributes, int64_t length, int64_t& tokens, Refusal& refusal) noexcept {
   tokens = 1;
   if (attributes.frames == 0 || length == 0) return true;
   if (attributes.rows == kRowsSpatial) tokens = length;
@@ -270,7 +264,7 @@ bool tokens_per_frame(const Attributes& attributes, int64_t length, int64_t& tok
   return true;
 }
 
-bool check_shapes(const Attributes& attributes, const Tensor* inputs, int count, Refusal& refusal) noexcept {
+bool check_shapes(const LowBitAttributes& attributes, const Tensor* inputs, int count, Refusal& refusal) noexcept {
   if (!check_inputs(attributes, inputs, count, refusal)) return false;
   const Tensor& x = inputs[kX];
   const int64_t rows = row_count(x);
@@ -282,7 +276,7 @@ bool check_shapes(const Attributes& attributes, const Tensor* inputs, int count,
   return tokens_per_frame(attributes, x.dims[x.rank - 2], tokens, refusal);
 }
 
-Workspace workspace_of(const Attributes& attributes, int64_t rows) noexcept {
+Workspace workspace_of(const LowBitAttributes& attributes, int64_t rows) noexcept {
   if (rows > INT32_MAX) rows = INT32_MAX;  // more are refused
   const int64_t n = attributes.out_features, k_pad = padded(attributes.in_features);
   const int64_t ranks = static_cast<int64_t>(segments(attributes)) * attributes.rank;
@@ -305,10 +299,12 @@ Workspace workspace_of(const Attributes& attributes, int64_t rows) noexcept {
   return layout;
 }
 
-bool check_device(Refusal& refusal) noexcept { return succeeded(qvdit_check_device(), refusal); }
+int64_t workspace_bytes(const LowBitAttributes& attributes, const Tensor* inputs) noexcept {
+  return workspace_of(attributes, row_count(inputs[kX])).bytes;
+}
 
-bool run(const Attributes& attributes, const Tensor* descriptions, const void* const* inputs, void* const* outputs,
-         void* workspace, void* stream, Refusal& refusal) noexcept {
+bool run(const LowBitAttributes& attributes, const Tensor* descriptions, const void* const* inputs,
+         void* const* outputs, void* workspace, void* stream, Refusal& refusal) noexcept {
   if (!check_shapes(attributes, descriptions, input_ports(attributes).count, refusal)) return false;
   const Tensor& x = descriptions[kX];
   const int64_t rows = row_count(x);
@@ -317,11 +313,11 @@ bool run(const Attributes& attributes, const Tensor* descriptions, const void* c
   if (!tokens_per_frame(attributes, x.dims[x.rank - 2], tokens, refusal)) return false;
   const Memory memory = memory_of(attributes, rows, inputs, outputs, workspace);
 
-  const qvdit_quantize_args quantize = quantize_args(attributes, memory, x.type, rows, tokens);
+  const qvdit_quantize_args quantize = quantize_args(attributes, memory, descriptions, rows, tokens);
   if (!succeeded(qvdit_quantize_rows(&quantize, stream), refusal)) return false;
   const qvdit_unpack_args unpack = unpack_args(attributes, memory);
   if (!succeeded(qvdit_unpack_weight(&unpack, stream), refusal)) return false;
-  qvdit_gemm_args gemm = gemm_args(attributes, memory, x.type, rows);
+  qvdit_gemm_args gemm = gemm_args(attributes, memory, rows);
   if (!succeeded(qvdit_low_bit_gemm(&gemm, stream), refusal)) return false;
   if (!attributes.test_outputs) return true;
   gemm.y = memory.output[kAcc];

@@ -1,4 +1,4 @@
-# TensorRT's plugin. One library with the kernels in it: a bundle, trtexec --staticPlugins and ctypes then need one file
+# TensorRT's plugins. One library with the kernels in it: a bundle, trtexec --staticPlugins and ctypes then need one file
 # and no search path. It shows nothing but qvdit_register_plugins (exports.map), so that another copy of the kernels in
 # the process, PyTorch's, does not take its place.
 if(NOT EXISTS ${QVDIT_TENSORRT_INCLUDE}/NvInferRuntime.h)
@@ -13,8 +13,10 @@ find_package(CUDAToolkit REQUIRED)  # cuda_runtime_api.h, which TensorRT's heade
 set(here ${CMAKE_CURRENT_LIST_DIR})
 add_library(
   qvdit_tensorrt SHARED
+  ${here}/attention_core.cc
   ${here}/attributes.cc
   ${here}/low_bit_core.cc
+  ${here}/node.cc
   ${here}/plugin_v2.cc
   ${here}/plugin_v3.cc
   ${here}/shell.cc

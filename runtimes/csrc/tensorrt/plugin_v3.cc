@@ -1,4 +1,4 @@
-// LowBitLinear as an IPluginV3, for TensorRT 10 and later.
+// The plugins as IPluginV3, for TensorRT 10 and later.
 #include "shell.h"
 
 #if QVDIT_PLUGIN_V3
@@ -22,18 +22,18 @@ using nvinfer1::PluginFieldType;
 using nvinfer1::PluginTensorDesc;
 
 constexpr char kStateField[] = "qvdit_state";  // a Blob, as int32
-constexpr int32_t kStateWords = sizeof(Blob) / sizeof(int32_t);
 
 int32_t status(bool succeeded) { return succeeded ? 0 : 1; }
 
-class LowBitLinear final : public IPluginV3,
-                           public nvinfer1::IPluginV3OneCore,
-                           public nvinfer1::IPluginV3OneBuild,
-                           public nvinfer1::IPluginV3OneRuntime {
+template <typename Attributes>
+class Plugin final : public IPluginV3,
+                     public nvinfer1::IPluginV3OneCore,
+                     public nvinfer1::IPluginV3OneBuild,
+                     public nvinfer1::IPluginV3OneRuntime {
  public:
-  explicit LowBitLinear(const Layer& layer) noexcept : layer_(layer), blob_(serialize(layer.attributes())) {
+  explicit Plugin(const Layer<Attributes>& layer) noexcept : layer_(layer), blob_(serialize(layer.attributes())) {
     int used = 0;
-    for (const Field& field : kFields) {
+    for (const auto& field : Description<Attributes>::kFields) {
       const size_t room = sizeof(summary_) - used;
       used += std::snprintf(summary_ + used, room, "%s=%d;", field.name, layer.attributes().*field.value);
     }
@@ -51,9 +51,9 @@ class LowBitLinear final : public IPluginV3,
         return nullptr;
     }
   }
-  IPluginV3* clone() noexcept override { return new (std::nothrow) LowBitLinear(layer_); }
+  IPluginV3* clone() noexcept override { return new (std::nothrow) Plugin(layer_); }
 
-  const AsciiChar* getPluginName() const noexcept override { return kPluginName; }
+  const AsciiChar* getPluginName() const noexcept override { return Description<Attributes>::kName; }
   const AsciiChar* getPluginVersion() const noexcept override { return kPluginVersion; }
   const AsciiChar* getPluginNamespace() const noexcept override { return ""; }
 
@@ -62,21 +62,20 @@ class LowBitLinear final : public IPluginV3,
   int32_t getOutputDataTypes(DataType* outputs, int32_t output_count, const DataType* inputs,
                              int32_t count) const noexcept override {
     if (!layer_.accepts_types(inputs, count)) return status(false);
-    for (int i = 0; i < output_count; ++i) outputs[i] = layer_.output_type(i, inputs[kX]);
+    for (int i = 0; i < output_count; ++i) outputs[i] = layer_.output_type(i, inputs[0]);
     return status(true);
   }
 
   int32_t getOutputShapes(const DimsExprs* inputs, int32_t count, const DimsExprs*, int32_t, DimsExprs* outputs,
                           int32_t output_count, nvinfer1::IExprBuilder& builder) noexcept override {
-    const Tensors tensors(inputs, count, layer_.attributes());
-    if (!layer_.accepts(tensors.tensor, count)) return status(false);
-    for (int i = 0; i < output_count; ++i) outputs[i] = layer_.output_shape(i, inputs[kX], builder);
+    if (!layer_.accepts(inputs, count)) return status(false);
+    for (int i = 0; i < output_count; ++i) outputs[i] = output_shape(layer_.attributes(), i, inputs, builder);
     return status(true);
   }
 
   bool supportsFormatCombination(int32_t position, const DynamicPluginTensorDesc* tensors, int32_t,
                                  int32_t) noexcept override {
-    return layer_.takes(position, tensors[position].desc, tensors[kX].desc.type);
+    return layer_.takes(position, tensors[position].desc, tensors[0].desc);
   }
 
   int32_t configurePlugin(const DynamicPluginTensorDesc* inputs, int32_t count, const DynamicPluginTensorDesc*,
@@ -88,7 +87,7 @@ class LowBitLinear final : public IPluginV3,
   size_t getWorkspaceSize(const DynamicPluginTensorDesc* inputs, int32_t, const DynamicPluginTensorDesc*,
                           int32_t) const noexcept override {
     const Tensors largest(inputs, 1, true);
-    return static_cast<size_t>(workspace_of(layer_.attributes(), row_count(largest.tensor[kX])).bytes);
+    return layer_.workspace_size(largest.tensor);
   }
 
   // Equal attributes take equal time: blocks of a model repeat, and each kind is timed once.
@@ -109,26 +108,27 @@ class LowBitLinear final : public IPluginV3,
   IPluginV3* attachToContext(nvinfer1::IPluginResourceContext*) noexcept override { return clone(); }
 
   const PluginFieldCollection* getFieldsToSerialize() noexcept override {
-    state_ = PluginField(kStateField, blob_.word, PluginFieldType::kINT32, kStateWords);
+    state_ = PluginField(kStateField, blob_.word, PluginFieldType::kINT32, sizeof(blob_) / sizeof(int32_t));
     states_.nbFields = 1;
     states_.fields = &state_;
     return &states_;
   }
 
  private:
-  Layer layer_;
-  Blob blob_;
+  Layer<Attributes> layer_;
+  Blob<Attributes> blob_;
   PluginField state_;
   PluginFieldCollection states_ = {0, nullptr};
   char summary_[320];
 };
 
-class LowBitLinearCreator final : public nvinfer1::IPluginCreatorV3One {
+template <typename Attributes>
+class PluginCreator final : public nvinfer1::IPluginCreatorV3One {
  public:
-  const AsciiChar* getPluginName() const noexcept override { return kPluginName; }
+  const AsciiChar* getPluginName() const noexcept override { return Description<Attributes>::kName; }
   const AsciiChar* getPluginVersion() const noexcept override { return kPluginVersion; }
   const AsciiChar* getPluginNamespace() const noexcept override { return ""; }
-  const PluginFieldCollection* getFieldNames() noexcept override { return field_names(); }
+  const PluginFieldCollection* getFieldNames() noexcept override { return field_names<Attributes>(); }
 
   // At run time the fields are those of getFieldsToSerialize.
   IPluginV3* createPlugin(const AsciiChar* name, const PluginFieldCollection* fields,
@@ -136,24 +136,24 @@ class LowBitLinearCreator final : public nvinfer1::IPluginCreatorV3One {
     Attributes attributes;
     const bool known = phase == nvinfer1::TensorRTPhase::kRUNTIME ? restored(fields, name, attributes)
                                                                   : attributes_of(fields, name, attributes);
-    return known ? new (std::nothrow) LowBitLinear(Layer(attributes, name)) : nullptr;
+    return known ? new (std::nothrow) Plugin<Attributes>(Layer<Attributes>(attributes, name)) : nullptr;
   }
 
  private:
   static bool restored(const PluginFieldCollection* fields, const AsciiChar* name, Attributes& attributes) noexcept {
     const PluginField* state = find_field(fields, kStateField);
     const size_t words = state && state->length > 0 ? static_cast<size_t>(state->length) : 0;
-    Refusal refusal;
-    return deserialize(words ? state->data : nullptr, words * sizeof(int32_t), attributes, refusal) ||
-           report(name, refusal);
+    return restored_attributes(words ? state->data : nullptr, words * sizeof(int32_t), name, attributes);
   }
 };
 
 }  // namespace
 
-Creator& creator() noexcept {
-  static LowBitLinearCreator instance;
-  return instance;
+const Creators& creators() noexcept {
+  static PluginCreator<LowBitAttributes> low_bit_linear;
+  static PluginCreator<AttentionAttributes> headwise_attention;
+  static const Creators made{&low_bit_linear, &headwise_attention};
+  return made;
 }
 
 }  // namespace qvdit::trt

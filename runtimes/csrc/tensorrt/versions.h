@@ -36,4 +36,20 @@ inline int32_t kernel_type(nvinfer1::DataType type) {
   }
 }
 
+// The inverse. A bfloat16 that this TensorRT has not is float32 here, and no format will be found for it.
+inline nvinfer1::DataType tensorrt_type(int32_t type) {
+  switch (type) {
+    case QVDIT_F16:
+      return nvinfer1::DataType::kHALF;
+    case QVDIT_S32:
+      return nvinfer1::DataType::kINT32;
+#if NV_TENSORRT_MAJOR >= 9
+    case QVDIT_BF16:
+      return nvinfer1::DataType::kBF16;
+#endif
+    default:
+      return nvinfer1::DataType::kFLOAT;
+  }
+}
+
 }  // namespace qvdit::trt

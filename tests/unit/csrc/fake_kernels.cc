@@ -15,6 +15,7 @@ struct Call {
     qvdit_unpack_args unpack;
     qvdit_quantize_args quantize;
     qvdit_gemm_args gemm;
+    qvdit_attention_args attention;
   } args;
   void* stream;
 };
@@ -46,6 +47,9 @@ QVDIT_API int32_t qvdit_quantize_rows(const qvdit_quantize_args* args, void* str
   return keep("quantize", args, stream);
 }
 QVDIT_API int32_t qvdit_low_bit_gemm(const qvdit_gemm_args* args, void* stream) { return keep("gemm", args, stream); }
+QVDIT_API int32_t qvdit_attention(const qvdit_attention_args* args, void* stream) {
+  return keep("attention", args, stream);
+}
 
 // Forgets all calls. From now on the launch of that name is refused, and the device has that status.
 QVDIT_API void fake_reset(const char* failing_launch, int32_t device) {

@@ -30,52 +30,53 @@ int32_t told(bool succeeded, const Refusal& refusal, char* text) {
 
 extern "C" {
 
-QVDIT_API int32_t core_field_count() { return kFieldCount; }
-QVDIT_API const char* core_field_name(int32_t i) { return kFields[i].name; }
-QVDIT_API int32_t core_blob_bytes() { return sizeof(Blob); }
+QVDIT_API int32_t core_field_count() { return field_count<LowBitAttributes>(); }
+QVDIT_API const char* core_field_name(int32_t i) { return Description<LowBitAttributes>::kFields[i].name; }
+QVDIT_API int32_t core_blob_bytes() { return sizeof(Blob<LowBitAttributes>); }
 
-QVDIT_API int32_t core_read(const char* const* names, const int32_t* values, int32_t count, Attributes* attributes,
-                            char* text) {
+QVDIT_API int32_t core_read(const char* const* names, const int32_t* values, int32_t count,
+                            LowBitAttributes* attributes, char* text) {
   const Named named{names, values, count};
   Refusal refusal;
   return told(read_attributes(find, &named, *attributes, refusal), refusal, text);
 }
 
-QVDIT_API void core_serialize(const Attributes* attributes, void* blob) {
-  const Blob made = serialize(*attributes);
+QVDIT_API void core_serialize(const LowBitAttributes* attributes, void* blob) {
+  const auto made = serialize(*attributes);
   std::memcpy(blob, &made, sizeof(made));
 }
 
-QVDIT_API int32_t core_deserialize(const void* blob, int64_t bytes, Attributes* attributes, char* text) {
+QVDIT_API int32_t core_deserialize(const void* blob, int64_t bytes, LowBitAttributes* attributes, char* text) {
   Refusal refusal;
   return told(deserialize(blob, static_cast<size_t>(bytes), *attributes, refusal), refusal, text);
 }
 
-QVDIT_API int32_t core_inputs(const Attributes* attributes, InputPort* ports) {
+QVDIT_API int32_t core_inputs(const LowBitAttributes* attributes, InputPort* ports) {
   const InputPorts found = input_ports(*attributes);
   std::memcpy(ports, found.port, sizeof(found.port));
   return found.count;
 }
 
-QVDIT_API int32_t core_outputs(const Attributes* attributes, OutputPort* ports) {
+QVDIT_API int32_t core_outputs(const LowBitAttributes* attributes, OutputPort* ports) {
   for (int i = 0; i < output_count(*attributes); ++i) ports[i] = output_port(*attributes, i);
   return output_count(*attributes);
 }
 
-QVDIT_API void core_workspace(const Attributes* attributes, int64_t rows, Workspace* workspace) {
+QVDIT_API void core_workspace(const LowBitAttributes* attributes, int64_t rows, Workspace* workspace) {
   *workspace = workspace_of(*attributes, rows);
 }
 
-QVDIT_API int32_t core_tokens(const Attributes* attributes, int64_t length, int64_t* tokens, char* text) {
+QVDIT_API int32_t core_tokens(const LowBitAttributes* attributes, int64_t length, int64_t* tokens, char* text) {
   Refusal refusal;
   return told(tokens_per_frame(*attributes, length, *tokens, refusal), refusal, text);
 }
 
-QVDIT_API int32_t core_check(const Attributes* attributes, const Tensor* inputs, int32_t count, int32_t known,
+QVDIT_API int32_t core_check(const LowBitAttributes* attributes, const Tensor* inputs, int32_t count, int32_t known,
                              char* text) {
   Refusal refusal;
-  const auto check = known ? check_shapes : check_inputs;
-  return told(check(*attributes, inputs, count, refusal), refusal, text);
+  const bool done =
+      known ? check_shapes(*attributes, inputs, count, refusal) : check_inputs(*attributes, inputs, count, refusal);
+  return told(done, refusal, text);
 }
 
 QVDIT_API int32_t core_device(char* text) {
@@ -83,7 +84,7 @@ QVDIT_API int32_t core_device(char* text) {
   return told(check_device(refusal), refusal, text);
 }
 
-QVDIT_API int32_t core_run(const Attributes* attributes, const Tensor* descriptions, const void* const* inputs,
+QVDIT_API int32_t core_run(const LowBitAttributes* attributes, const Tensor* descriptions, const void* const* inputs,
                            void* const* outputs, void* workspace, void* stream, char* text) {
   Refusal refusal;
   return told(run(*attributes, descriptions, inputs, outputs, workspace, stream, refusal), refusal, text);

@@ -33,13 +33,17 @@ class Logger : public ILogger {
 };
 #endif
 
-PluginCreator* creator() {
+PluginCreator* creator(const char* kind) {
 #ifdef FAKE_TENSORRT
-  return static_cast<PluginCreator*>(&trt::creator());
+  for (trt::Creator* made : {trt::creators().low_bit_linear, trt::creators().headwise_attention}) {
+    auto* found = static_cast<PluginCreator*>(made);
+    if (std::strcmp(found->getPluginName(), kind) == 0) return found;
+  }
+  return nullptr;
 #elif QVDIT_PLUGIN_V3
-  return static_cast<PluginCreator*>(getPluginRegistry()->getCreator("LowBitLinear", "1", ""));
+  return static_cast<PluginCreator*>(getPluginRegistry()->getCreator(kind, "2", ""));
 #else
-  return getPluginRegistry()->getPluginCreator("LowBitLinear", "1", "");
+  return getPluginRegistry()->getPluginCreator(kind, "2", "");
 #endif
 }
 
@@ -139,6 +143,12 @@ auto* build_side(void* plugin) {
 auto* runtime_side(void* plugin) {
   return static_cast<IPluginV3OneRuntime*>(plugin_of(plugin)->getCapabilityInterface(PluginCapabilityType::kRUNTIME));
 }
+const char* kind_of(void* plugin) {
+  auto* core = plugin_of(plugin)->getCapabilityInterface(PluginCapabilityType::kCORE);
+  return static_cast<IPluginV3OneCore*>(core)->getPluginName();
+}
+#else
+const char* kind_of(void* plugin) { return plugin_of(plugin)->getPluginType(); }
 #endif
 
 }  // namespace
@@ -155,16 +165,17 @@ extern "C" {
 
 QVDIT_API const char* plugin_message() { return message; }
 QVDIT_API int32_t plugin_tensorrt() { return NV_TENSORRT_MAJOR; }
-QVDIT_API int32_t plugin_has_creator() { return creator() != nullptr; }
+QVDIT_API int32_t plugin_has_creator(const char* kind) { return creator(kind) != nullptr; }
 
-QVDIT_API void* plugin_create(const char* layer, const char* const* names, const int32_t* values, int32_t count) {
+QVDIT_API void* plugin_create(const char* kind, const char* layer, const char* const* names, const int32_t* values,
+                              int32_t count) {
   std::vector<PluginField> fields;
   for (int i = 0; i < count; ++i) fields.emplace_back(names[i], &values[i], PluginFieldType::kINT32, 1);
   const PluginFieldCollection collection{count, fields.data()};
 #if QVDIT_PLUGIN_V3
-  return creator()->createPlugin(layer, &collection, TensorRTPhase::kBUILD);
+  return creator(kind)->createPlugin(layer, &collection, TensorRTPhase::kBUILD);
 #else
-  return creator()->createPlugin(layer, &collection);
+  return creator(kind)->createPlugin(layer, &collection);
 #endif
 }
 
@@ -177,12 +188,12 @@ QVDIT_API void* plugin_restore(void* plugin, const char* layer, int32_t bit) {
   if (bit >= 0) state[bit / 8] ^= 1 << bit % 8;
   const PluginField changed(field.name, state.data(), field.type, field.length);
   const PluginFieldCollection collection{1, &changed};
-  return creator()->createPlugin(layer, &collection, TensorRTPhase::kRUNTIME);
+  return creator(kind_of(plugin))->createPlugin(layer, &collection, TensorRTPhase::kRUNTIME);
 #else
   std::vector<unsigned char> state(plugin_of(plugin)->getSerializationSize());
   plugin_of(plugin)->serialize(state.data());
   if (bit >= 0) state[bit / 8] ^= 1 << bit % 8;
-  return creator()->deserializePlugin(layer, state.data(), state.size());
+  return creator(kind_of(plugin))->deserializePlugin(layer, state.data(), state.size());
 #endif
 }
 
@@ -259,8 +270,10 @@ QVDIT_API int32_t plugin_configure(void* plugin, const trt::Tensor* inputs, int3
   const auto all = dynamic(inputs, count, 64);
 #if QVDIT_PLUGIN_V3
   if (build_side(plugin)->configurePlugin(all.data(), count, nullptr, 0)) return 0;
-  for (int d = 0; d < inputs[0].rank; ++d) {
-    if (inputs[0].dims[d] < 0) return 1;
+  for (int i = 0; i < count; ++i) {
+    for (int d = 0; d < inputs[i].rank; ++d) {
+      if (inputs[i].dims[d] < 0) return 1;
+    }
   }
   const auto plain = descriptions(inputs, count);
   return runtime_side(plugin)->onShapeChange(plain.data(), count, nullptr, 0) == 0;

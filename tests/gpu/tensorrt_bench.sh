@@ -3,7 +3,7 @@
 #
 #   tests/gpu/tensorrt_bench.sh --tensorrt DIR --headers DIR --out DIR [--models …] [--engines …] [--level 3]
 #                               [--cutlass DIR] [--steps build,prepare,engines,measure] [--gpus 1] [--jobs 1]
-#                               [--cases build/bench] [--to-prepare '--also-fp16 Softmax'] [--to-measure '--profile']
+#                               [--cases build/bench] [--to-prepare '--also-fp16 LayerNormalization'] [--to-measure '--profile']
 #
 # --tensorrt: a folder with lib/libnvinfer.so.8 and an env.sh that defines trtpython; --headers: TensorRT's include
 # folder; --jobs: engines are built by that many processes, on --gpus GPUs of one kind; they are timed on the first, alone.

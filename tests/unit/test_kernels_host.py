@@ -149,6 +149,7 @@ def test_a_named_library_that_is_none(monkeypatch, tmp_path, host):
         ("unpack_weight.cu", "110"),
         ("gemm_mma_bf16.cu", "80"),
         ("quantize_gelu.cu", "90a"),
+        ("attention_bf16.cu", "90a"),
         ("gemm.cu", "120"),
     ],
 )

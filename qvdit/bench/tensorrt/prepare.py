@@ -50,7 +50,7 @@ class Settings:
     engines: tuple[str, ...] = cases.ENGINES
     compute: str = "auto"  # auto, cpu or cuda: where PyTorch runs
     seed: int = 0
-    also_low: tuple[str, ...] = ()  # operators in FP16 that the export keeps in float32, as Softmax
+    also_low: tuple[str, ...] = ()  # operators in FP16 that the export keeps in float32, as LayerNormalization
     layers: bool = True  # what the integers of every layer are compared by; without it a case is little but its model
 
 

@@ -88,7 +88,10 @@ def tensorrt(
     ] = False,
     layers: Annotated[bool, typer.Option(help="Prepare what the integers of every layer are compared by.")] = True,
     also_fp16: Annotated[
-        str, typer.Option(help="Operators prepared in FP16 that are float32 otherwise: LayerNormalization, say (other CASES).")
+        str,
+        typer.Option(
+            help="Operators prepared in FP16 that are float32 otherwise, as LayerNormalization (other CASES)."
+        ),
     ] = "",
     render: Annotated[
         Path | None, typer.Option(help="Measure nothing: tables, pictures and verdicts of a run's JSON.")

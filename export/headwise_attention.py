@@ -187,7 +187,7 @@ class _Finder:
         batch, heads, rows, size = q.extents
         if not isinstance(heads, int) or not isinstance(size, int) or size % _STEP or not 0 < size <= _LARGEST_HEAD:
             return False
-        # An unknown extent is no 1: none is broadcast (torch.export traces no dynamic extent as 1).
+        # An unknown extent is no 1: none is broadcast. Dynamic extents of PyTorch's traces are 2 and more.
         same = all(source.extents[1::2] == (heads, size) for source in (k, v))
         numbers = {source.extents[0] if isinstance(source.extents[0], int) else None for source in (q, k, v)}
         after = self.extents.get(joined)
@@ -337,6 +337,8 @@ def _pack(node: onnx.NodeProto, graph: onnx.GraphProto, values: Values, gone: se
     """Have a node read a whole product, if its parts come of one; returns what it needs before it."""
     features = _integer(node, "heads") * _integer(node, "head_size")
     for count in (3, 2):
+        if any(_integer(node, f"{of}_layout") for of in "qkv"[3 - count :]):
+            continue  # parts of a product have their rows first
         reads = list(node.input[3 - count :])
         reshapes = [values.writer[name] for name in reads if name in values.writer]
         shaped = len(reshapes) == count and all(reshape.op_type == "Reshape" for reshape in reshapes)

@@ -3,7 +3,7 @@
 The rules, by operator:
 
 - matrix products, convolutions and LowBitLinear read and write the low type (FP16, or BF16 where ONNX has it), and so
-  does a softmax of what a product wrote: the next product would round its output all the same. Not beside static INT8
+  does a softmax of what they wrote: the next product would round its output all the same. Not beside static INT8
   layers: TensorRT 8.6 then rounds more than that, to 1.2 times the error of PyTorch's FP16 run on a Latte of XL size;
 - data movement and plain arithmetic take the widest type they are given, constants aside, as PyTorch promotes;
 - everything else (normalisation and its reductions, activations, sines) is float32;

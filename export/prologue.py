@@ -115,11 +115,17 @@ def _placeholders(name: str, values: Values, layers: Collection[str]) -> list[on
     return found
 
 
+def _give_low(placeholders: Iterable[onnx.NodeProto], values: Values) -> bool:
+    """Whether all write the low type: TensorRT 8.6, which knows no types between its layers, takes a prologue to."""
+    return all(values.type(placeholder.output[0]) in _LOW for placeholder in placeholders)
+
+
 def _fuse_gelu(node: onnx.NodeProto, values: Values, layers: Collection[str]) -> None:
     x = values.before_cast(node.input[0])
     tanh = any(a.name == "approximate" and a.s == b"tanh" for a in node.attribute)
-    if tanh and values.type(x) in _LOW:
-        _mark(_placeholders(node.output[0], values, layers), Reading((x,), Prologue.GELU))
+    placeholders = _placeholders(node.output[0], values, layers)
+    if tanh and values.type(x) in _LOW and _give_low(placeholders, values):
+        _mark(placeholders, Reading((x,), Prologue.GELU))
 
 
 def _fuse_layer_norm(node: onnx.NodeProto, values: Values, layers: Collection[str]) -> None:
@@ -128,8 +134,7 @@ def _fuse_layer_norm(node: onnx.NodeProto, values: Values, layers: Collection[st
         return
     last, scale, shift = modulation
     placeholders = _placeholders(last, values, layers)
-    # TensorRT 8.6, which knows no types between its layers, takes such a node to narrow what it reads.
-    if all(values.type(placeholder.output[0]) in _LOW for placeholder in placeholders):
+    if _give_low(placeholders, values):
         epsilon = next((a.f for a in node.attribute if a.name == "epsilon"), _EPSILON)
         bits = int(np.array(epsilon, np.float32).view(np.int32))
         _mark(placeholders, Reading((node.input[0], scale, shift), Prologue.LAYERNORM, bits))
@@ -156,14 +161,14 @@ def _modulation(norm: onnx.NodeProto, values: Values) -> tuple[str, str, str] | 
     if total is None or len(scales) != 1:
         return None
     shift = _other(total, product.output[0])
-    (scale,), (features,) = scales, values.constants[weight].dims
+    (scale,), features = scales, shape[2] or int(np.prod(values.constants[weight].dims))
     groups = [_groups(name, features, values) for name in (scale, shift)]
     floats = (x, between, factor, scale, shift, product.output[0], total.output[0])
     if None in groups or groups[0] != groups[1] or any(values.type(name) != TensorProto.FLOAT for name in floats):
         return None
-    # A known x that is known to have another number of rows of the modulation would be broadcast itself.
-    fits = groups[0] in (0, 1) or shape[0] in (0, groups[0])
-    return (total.output[0], scale, shift) if fits and shape[2] in (0, features) else None
+    # An x of one batch, or of another than a modulation's, would be broadcast itself.
+    fits = groups[0] == 1 or (shape[0] != 1 if groups[0] == 0 else shape[0] in (0, groups[0]))
+    return (total.output[0], scale, shift) if fits else None
 
 
 def _other(node: onnx.NodeProto, name: str) -> str:

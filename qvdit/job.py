@@ -53,9 +53,9 @@ from qvdit.stages import Stages
 from qvdit.system import cpu_name, tool_versions
 
 STAGES = ("calibrate", "statistics", "quantize", "trace", "export", "parity", "speed", "quality")
-_GRAPHS = (
-    "opset 17, GELU, LayerNorm and attention in the plugin's nodes"  # changes whenever a TensorRT bundle's graphs do
-)
+_TRACE = "attention as product, softmax and product"  # changes whenever what is traced does
+# Changes whenever a TensorRT bundle's graphs do.
+_GRAPHS = "opset 17, softmax in FP16, GELU, LayerNorm and attention in the plugin's nodes"
 
 Observe = Callable[[str], Any]
 """Called with a stage's name; returns a context manager that gives the stage's progress callback."""
@@ -215,7 +215,7 @@ class Job:
             written.extend(save_model(traced, self.work / "traced.onnx"))
             written.extend(save_model(graph.baseline_model(traced, self._full_weights()), self.work / "baseline.onnx"))
 
-        self.stages.run("trace", self.calibration_stages.result("calibrate"), lambda: written, work)
+        self.stages.run("trace", [self.calibration_stages.result("calibrate"), _TRACE], lambda: written, work)
 
     def export(self, progress: Progress) -> None:
         """Write the ONNX files, what is not quantized, and the manifest that makes the folder a bundle."""

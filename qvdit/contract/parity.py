@@ -51,7 +51,9 @@ class LayerParity:
 
 
 ERROR_RATIOS = (0.9, 1.1)
-"""Of a runtime's error against full precision to the reference's: within them a model is proven."""
+"""Of a runtime's error against full precision to the reference's: within them a model is proven.
+
+An engine that computes in FP16 is held to the higher one by PyTorch's FP16 run, where there is one."""
 
 
 @dataclass(frozen=True)

@@ -86,8 +86,8 @@ QVDIT_API int64_t qvdit_host_wrong_quotients(int64_t first, int64_t step) {
   return wrong;
 }
 
-// The sizes of the argument structs, which runtimes/cuda.py repeats: quantize, unpack, gemm.
-QVDIT_API void qvdit_host_struct_sizes(int64_t sizes[3]) {
+// The sizes of the argument structs, which runtimes/cuda.py repeats: quantize, unpack, gemm, attention.
+QVDIT_API void qvdit_host_struct_sizes(int64_t sizes[4]) {
   sizes[0] = sizeof(qvdit_quantize_args);
   sizes[1] = sizeof(qvdit_unpack_args);
   sizes[2] = sizeof(qvdit_gemm_args);

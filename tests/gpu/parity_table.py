@@ -3,7 +3,7 @@
 python3 tests/gpu/parity_table.py FOLDER … --out tests/benchmarks/results/tensorrt-parity.json
 
 A FOLDER is searched for parity.json with its engine.json beside it, in folders that bear the bundle's name (NAME/ or
-NAME/level-N/), and for videos.json.
+NAME/level-N/), for parity.json.new, which an engine that was refused leaves, and for videos.json.
 """
 
 from __future__ import annotations
@@ -23,20 +23,23 @@ ERRORS = ("model_rel_err", "error_ratio", "half_error_ratio")
 FACTS = ("tensorrt", "gpu", "driver", "optimization_level", "build_seconds", "engine_bytes", "device_bytes")
 
 
-def row(path: Path) -> dict[str, Any]:
-    """One engine's."""
-    found = json.loads(path.read_text())
-    facts = json.loads(path.with_name("engine.json").read_text())
+def found(path: Path) -> dict[str, Any]:
+    """What parity found for one engine."""
+    result = json.loads(path.read_text())
     folder = path.parent.parent if path.parent.name.startswith("level-") else path.parent
-    worst = max(layer["runtime_rel_err"] for layer in found["layers"])
     return {
         "bundle": folder.name,
-        **{name: found[name] for name in COUNTS},
-        **{name: found.get(name) for name in ERRORS},
-        "worst_layer": worst,
-        "fixed_size": all(low == high for low, _, high in facts["profile"].values()),
-        **{name: facts[name] for name in FACTS},
+        **{name: result[name] for name in COUNTS},
+        **{name: result.get(name) for name in ERRORS},
+        "worst_layer": max(layer["runtime_rel_err"] for layer in result["layers"]),
     }
+
+
+def row(path: Path) -> dict[str, Any]:
+    """That, and what is known of the engine."""
+    facts = json.loads(path.with_name("engine.json").read_text())
+    fixed = all(low == high for low, _, high in facts["profile"].values())
+    return {**found(path), "fixed_size": fixed, **{name: facts[name] for name in FACTS}}
 
 
 def main() -> int:
@@ -47,8 +50,10 @@ def main() -> int:
     given = parser.parse_args()
     paths = [path for folder in given.folders for path in sorted(folder.rglob("parity.json"))]
     rows = [row(path) for path in paths if path.with_name("engine.json").is_file()]
-    videos = [json.loads(path.read_text()) for folder in given.folders for path in sorted(folder.rglob("videos.json"))]
-    write_json(given.out, {"engines": rows, "videos": [video for found in videos for video in found]})
+    refused = [found(path) for folder in given.folders for path in sorted(folder.rglob("parity.json.new"))]
+    judged = [json.loads(path.read_text()) for folder in given.folders for path in sorted(folder.rglob("videos.json"))]
+    videos = [video for videos in judged for video in videos if "psnr_db_engine_pytorch" in video]
+    write_json(given.out, {"engines": rows, "refused": refused, "videos": videos})
     for each in rows:
         print(
             f"{each['bundle']}: {each['layers_compared']} layers, {each['xq_mismatches']} x_q and "

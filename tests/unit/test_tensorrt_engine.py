@@ -17,6 +17,7 @@ from qvdit.contract.parity import load_reference, save_half
 from qvdit.runtimes.tensorrt import __main__ as command
 from qvdit.runtimes.tensorrt import device, plugin, versions
 from qvdit.runtimes.tensorrt.build import BuildOptions, build_engine, make_profile
+from qvdit.runtimes.tensorrt.parity import failures
 from qvdit.runtimes.tensorrt.session import TensorRtSession
 from qvdit.system import tensorrt_parts
 
@@ -111,6 +112,14 @@ def test_pytorchs_fp16_run_is_the_measure_where_it_is_there(
     else:
         with pytest.raises(QvditError, match="PyTorch's FP16 run"):
             build(exported)
+
+
+def test_an_engine_without_the_quantized_models_error_is_another_model() -> None:
+    """Whatever PyTorch's FP16 run is: such an engine would pass as a very good one."""
+    result = {"layers": [], "error_ratio": 0.01, "half_error_ratio": 0.01}
+    assert any("0.01" in found and "float32" in found for found in failures(result))
+    assert not failures(result | {"error_ratio": 0.95})
+    assert failures(result | {"error_ratio": 0.95, "half_error_ratio": 1.2})
 
 
 def layer(kind: LayerType, inputs: list[Tensor], name: str, dtype: DataType = DataType.FLOAT, **own: Any) -> Layer:

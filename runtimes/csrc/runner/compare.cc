@@ -26,9 +26,8 @@ double ModelParity::error_ratio() const { return error_runtime / std::max(error_
 double ModelParity::half_error_ratio() const { return error_runtime / std::max(error_half, kSmallest); }
 
 bool ModelParity::passed() const {
-  // Rounding of the engine's kind may well be better than PyTorch's; no rounding at all would be another model.
-  if (has_half()) return half_error_ratio() <= 1 + kRatioTolerance;
-  return std::abs(error_ratio() - 1) <= kRatioTolerance;
+  const double ratio = has_half() ? half_error_ratio() : error_ratio();
+  return ratio <= 1 + kRatioTolerance && error_ratio() >= 1 - kRatioTolerance;
 }
 
 double relative_error(const std::vector<float>& value, const std::vector<float>& reference) {

@@ -31,7 +31,8 @@ struct ModelParity {
   bool has_half() const { return error_half >= 0; }
   // The same over the FP16 run's.
   double half_error_ratio() const;
-  // Whether the ratio to the FP16 run, or where there is none to the reference, is within 10 % of 1.
+  // Whether the error is at most 10 % above the FP16 run's, or where there is none the reference's, and no more than
+  // 10 % below the reference's: without its error it would be another model.
   bool passed() const;
 };
 

@@ -79,7 +79,7 @@ void Session::build() {
   if (!proof.passed()) {
     const std::string where = pending(path(kParity));
     write_file(where, report.data(), report.size());
-    throw Error("engines that fail parity", "equal integers, and an error of at most 1.1 of the reference's (and at least 0.9 of a float32 one's)",
+    throw Error("engines that fail parity", "equal integers, and an error of at most 1.1 of that and at least 0.9 of the float32 run's",
                 "look at " + where + "; the engines that were there before are untouched");
   }
   if (layers) {

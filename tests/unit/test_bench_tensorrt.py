@@ -8,8 +8,11 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fake_tensorrt
@@ -54,6 +57,31 @@ def prepared(shared: Any) -> Path:
 
 
 # Preparing ------------------------------------------------------------------------------------------------------------
+
+
+def test_processes_that_share_a_trace_write_it_in_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process an engine: a file half written by one must not be renamed by another."""
+    writing: list[int] = []
+    most: list[int] = []
+
+    def save(model: object, path: Path) -> None:
+        writing.append(1)
+        most.append(len(writing))
+        time.sleep(0.05)
+        writing.pop()
+
+    monkeypatch.setattr(prepare, "trace", lambda *given: None)
+    monkeypatch.setattr(prepare, "save_model", save)
+    adapter = SimpleNamespace(sites=lambda transformer: [])
+    threads = [
+        threading.Thread(target=prepare._trace, args=(None, adapter, {}, tmp_path / "work" / "traced.onnx"))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1, 1, 1, 1]
 
 
 def test_every_engine_is_a_case(prepared: Path) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import filelock
 import numpy as np
 import onnx
 import torch
@@ -158,7 +159,9 @@ def _full_weights(source: Source) -> dict[str, tuple[np.ndarray, np.ndarray | No
 def _trace(transformer: Any, adapter: ModelAdapter, inputs: dict[str, torch.Tensor], path: Path) -> onnx.ModelProto:
     widths = {site.name: transformer.get_submodule(site.name).out_features for site in adapter.sites(transformer)}
     traced = trace(transformer, adapter, widths, inputs)
-    save_model(traced, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(path.with_name(f".{path.name}.lock")):  # one process an engine is quicker, and they share it
+        save_model(traced, path)
     return traced
 
 

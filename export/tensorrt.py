@@ -49,14 +49,19 @@ class TracedModel:
 
 
 def export_tensorrt(
-    model: TracedModel, bundle: Path, low: LowType = "float16", also_low: Collection[str] = ()
+    model: TracedModel,
+    bundle: Path,
+    low: LowType = "float16",
+    also_low: Collection[str] = (),
+    own_attention: bool = True,
 ) -> list[Path]:
     """Write ``tensorrt/model.onnx``, checked in full, and ``tensorrt/layers.onnx``; returns their files.
 
-    low: bfloat16 needs TensorRT 10. also_low: operators in the low type that are float32 otherwise. Layers that the
-    plugin does not compute raise QvditError, and nothing is written.
+    low: bfloat16 needs TensorRT 10. also_low: operators in the low type that are float32 otherwise. own_attention: by
+    the plugin, where it has layers. Layers that the plugin does not compute raise QvditError, and nothing is written.
     """
-    files = save_model(tensorrt_model(model, low, also_low=also_low), bundle / TENSORRT_MODEL)
+    made = tensorrt_model(model, low, also_low=also_low, own_attention=own_attention)
+    files = save_model(made, bundle / TENSORRT_MODEL)
     check(str(bundle / TENSORRT_MODEL))
     return [*files, *_export_layers(model.layers, bundle)]
 
@@ -83,7 +88,11 @@ def _export_layers(layers: Sequence[Layer], bundle: Path) -> list[Path]:
 
 
 def tensorrt_model(
-    model: TracedModel, low: LowType = "float16", merge: bool = True, also_low: Collection[str] = ()
+    model: TracedModel,
+    low: LowType = "float16",
+    merge: bool = True,
+    also_low: Collection[str] = (),
+    own_attention: bool = True,
 ) -> onnx.ModelProto:
     """The model for TensorRT; merge: one plugin node for queries, keys and values where they allow it."""
     static = [layer for layer in model.layers if isinstance(layer, StaticInt8Layer)]
@@ -91,7 +100,8 @@ def tensorrt_model(
     if len(static) == len(model.layers):
         return static_model(lowered(typed), static, kept)
     low_bit = [layer.name for layer in model.layers if isinstance(layer, LowBitLayer)]
-    typed = with_attention(with_prologues(typed, low_bit), model.largest)
+    typed = with_prologues(typed, low_bit)
+    typed = with_attention(typed, model.largest) if own_attention else typed
     return plugin_model(lowered(typed), model.layers, kept, merge)
 
 

@@ -42,6 +42,7 @@ from qvdit.models.loading import WORLD_PIPELINE, SourceModel, find_model
 from qvdit.settings import (
     JobSettings,
     calibration_plan,
+    check_attention,
     check_target,
     check_weight_only,
     choose_compute,
@@ -77,6 +78,7 @@ class Job:
         check_target(settings.target)
         self.edge_device = choose_edge(settings)
         check_weight_only(settings, self.recipe)
+        check_attention(settings)
         quantization.check_bits(self.recipe, self.bits)
         self.device = choose_compute(settings.compute)
         self.source: SourceModel = find_model(settings.model)
@@ -236,12 +238,13 @@ class Job:
                 example = {name: tensor.numpy() for name, tensor in self.example().items()}
                 largest = largest_values(self.work / "baseline.onnx", example, self.settings.threads)
                 traced = TracedModel(self.work / "traced.onnx", self.layers, full, largest)
-                written.extend(export_tensorrt(traced, self.out))
+                written.extend(export_tensorrt(traced, self.out, own_attention=self.settings.attention == "plugin"))
                 written.extend(export_weight_only(traced, self.out) if self.settings.weight_only else [])
 
         # A folder exported before its bundle held KEPT_WEIGHTS, or for TensorRT as another graph, is exported again.
         target = [self.settings.target, *([_GRAPHS, TENSORRT_LAYERS] if self.settings.target == "tensorrt" else [])]
         target += [TENSORRT_INT4_MODEL] if self.settings.weight_only else []
+        target += [self.settings.attention] if self.settings.attention != "plugin" else []
         key = [self.stages.result("quantize"), self.stages.result("trace"), *target, KEPT_WEIGHTS]
         self.stages.run("export", key, lambda: written, work)
         self._keep_manifest()

@@ -16,6 +16,7 @@ from qvdit.models.loading import WORLD_PIPELINE, SourceModel
 from qvdit.quality import Trial
 
 TARGETS = ("onnxruntime", "tensorrt")
+ATTENTIONS = ("plugin", "tensorrt")
 _PROMPTS = {"cpu": 4, "cuda": 48}  # sampled for calibration when the user does not say
 
 
@@ -44,6 +45,7 @@ class JobSettings:
     videos: int = 3  # sampled by both models for the report
     threads: int = 2
     weight_only: bool = False  # tensorrt/model.int4.onnx as well
+    attention: str = "plugin"  # what computes it in a TensorRT engine with the plugin's layers
 
 
 def check_target(target: str) -> None:
@@ -66,6 +68,15 @@ def choose_edge(settings: JobSettings) -> EdgeDevice | None:
             f"--device {device.name} with --target {settings.target}", "--target tensorrt", "leave out one of them"
         )
     return device
+
+
+def check_attention(settings: JobSettings) -> None:
+    """Refuse an ``--attention`` that there is not, or that nothing would come of."""
+    if settings.attention not in ATTENTIONS:
+        raise QvditError(f"--attention {settings.attention!r}", f"one of {', '.join(ATTENTIONS)}", "check --attention")
+    if settings.attention != ATTENTIONS[0] and settings.target != "tensorrt":
+        wrong = f"--attention {settings.attention} with --target {settings.target}"
+        raise QvditError(wrong, "--target tensorrt", "leave out one of them")
 
 
 def check_weight_only(settings: JobSettings, recipe: recipes.Recipe) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import collections
 import math
+import re
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +18,8 @@ import pytest
 from onnx import TensorProto
 from test_export_plugin import in_onnxruntime, relative_error
 
-from qvdit.contract import LowBitLayer
+from qvdit.contract import LowBitLayer, QvditError
+from qvdit.contract.bundle import TENSORRT_MODEL
 from qvdit.export import plugin
 from qvdit.export.functions import DOMAIN, DOMAIN_VERSION, NODE
 from qvdit.export.graph import is_layer, placeholder_name
@@ -368,3 +372,30 @@ def test_what_a_wide_models_attention_reads(
     single = layers_model(model)
     assert all(is_layer(node) for node in single.graph.node)
     assert len(single.graph.node) == sum(is_layer(node) for node in model.graph.node)
+
+
+# The job --------------------------------------------------------------------------------------------------------------
+
+
+def test_attention_may_be_left_to_tensorrt(bundle: Path, make_job: Any, tmp_path: Path) -> None:
+    out = shutil.copytree(bundle, tmp_path / "bundle")
+    found = {}
+    for attention in ("plugin", "tensorrt", "plugin"):
+        make_job(out, target="tensorrt", attention=attention).run("export")
+        nodes = onnx.load(out / TENSORRT_MODEL, load_external_data=False).graph.node
+        found[attention] = {kind: sum(n.op_type == kind for n in nodes) for kind in (ATTENTION, "Softmax")}
+    count = found["plugin"][ATTENTION]
+    assert count > 0
+    assert found == {"plugin": {ATTENTION: count, "Softmax": 0}, "tensorrt": {ATTENTION: 0, "Softmax": count}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"target": "tensorrt", "attention": "torch"}, "--attention 'torch'; expected one of plugin, tensorrt"),
+        ({"attention": "tensorrt"}, "--attention tensorrt with --target onnxruntime"),
+    ],
+)
+def test_an_attention_that_there_is_not(settings: dict[str, str], said: str, make_job: Any, tmp_path: Path) -> None:
+    with pytest.raises(QvditError, match=re.escape(said)):
+        make_job(tmp_path / "out", **settings)

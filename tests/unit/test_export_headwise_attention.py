@@ -312,6 +312,23 @@ def test_parts_that_others_read_stay_apart(read: str, low_bit_layer: Any) -> Non
     assert given(node)["packed"] == 0
 
 
+def test_parts_whose_heads_come_first_stay_apart(low_bit_layer: Any) -> None:
+    """One head as [B, 1, L, D]: its product's rows are no rows of heads."""
+    nodes, constants = attended(scale=np.float32(0.1), one=[0, 1, -1, WIDTH], join=[0, 0, WIDTH])
+    del nodes["qt"], nodes["vt"], constants["split"]
+    nodes |= {f"{name}4": make("Reshape", [name, "one"], [f"{name}4"]) for name in "qkv"}
+    nodes["scaled"] = make("Mul", ["q4", "scale"], ["scaled"])
+    nodes["keys"] = make("Transpose", ["k4"], ["keys"], perm=[0, 1, 3, 2])
+    nodes["product"] = make("MatMul", ["probabilities", "v4"], ["product"])
+    typed = typed_of(ordered(nodes), constants)
+    layers = [low_bit_layer(WIDTH, WIDTH, seed=i, name=f"attn.to_{n}") for i, n in enumerate(("q", "k", "v", "out"))]
+    model = plugin.plugin_model(lowered(with_attention(typed)), layers)
+    (node,) = attention_nodes(model)
+    assert (list(node.input), given(node)["packed"], given(node)["q_layout"]) == (["q4", "k4", "v4"], 0, 1)
+    x = np.random.default_rng(0).standard_normal((2, 5, WIDTH), np.float32)
+    assert relative_error(run(model, x), run(plugin.plugin_model(lowered(typed), layers), x)) < 2e-3
+
+
 def run(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
     import torch
 

@@ -333,6 +333,20 @@ def _new(like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torc
     return torch.empty(shape, dtype=dtype, device=like.device)
 
 
+def attention_args(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, y: torch.Tensor, scale: float
+) -> cuda.AttentionArgs:
+    """What attention takes, of q [B, L, H, D], k and v [B, S, H, D], whatever their strides, and y, dense as q is."""
+    arguments = cuda.AttentionArgs(scale=scale, dtype=_DTYPES[q.dtype], y=y.data_ptr())
+    arguments.batch, arguments.rows, arguments.heads, arguments.head_size = q.shape
+    arguments.keys = k.shape[1]
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        setattr(arguments, name, tensor.data_ptr())
+        for axis, step in zip(("batch", "row", "head"), tensor.stride(), strict=False):
+            setattr(arguments, f"{name}_{axis}", step)
+    return arguments
+
+
 def _pointer(tensor: torch.Tensor | None, dtype: torch.dtype, shape: tuple[int, ...] | None = None) -> int | None:
     """A tensor's address, checked; None for no tensor or an empty one."""
     if tensor is None:

@@ -18,6 +18,7 @@
 #include <cuda_runtime.h>
 
 #include "error.h"
+#include "mma_sync.cuh"
 
 namespace qvdit {
 
@@ -46,16 +47,6 @@ struct Eights {
       : count(static_cast<int>(head_size / 8)), multiplier((1 << 16) / count + 1) {}
   __device__ __forceinline__ int quotient(int i) const { return i * multiplier >> 16; }
 };
-
-__device__ __forceinline__ void copy_16_bytes(uint32_t shared, const void* global, bool there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(there ? 16 : 0));
-}
-
-__device__ __forceinline__ void load_matrices(uint32_t (&out)[4], uint32_t address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-               : "r"(address));
-}
 
 __device__ __forceinline__ void load_transposed(uint32_t (&out)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -123,7 +114,7 @@ __device__ __forceinline__ void load_rows(uint32_t shared, const typename Shape:
   for (int i = threadIdx.x; i < kCount * eights.count; i += Shape::kThreads) {
     const int row = eights.quotient(i), eight = i - row * eights.count;
     const bool there = first + row < rows;
-    copy_16_bytes(shared + row * Shape::kPitch + 16 * eight, head + (there ? first + row : 0) * stride + 8 * eight,
+    copy_async(shared + row * Shape::kPitch + 16 * eight, head + (there ? first + row : 0) * stride + 8 * eight,
                   there);
   }
 }

@@ -17,6 +17,7 @@
 
 #include "gemm.h"
 #include "gemm_epilogue.cuh"
+#include "mma_sync.cuh"
 
 namespace qvdit {
 
@@ -36,17 +37,6 @@ struct MmaShape {
 
 __device__ __forceinline__ uint32_t swizzled(int row, int chunk) {
   return static_cast<uint32_t>(row * 64 + ((chunk ^ ((row >> 1) & 3)) << 4));
-}
-
-// 16 bytes to shared memory, zeros where there are none.
-__device__ __forceinline__ void copy_async(uint32_t shared, const void* global, bool there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(there ? 16 : 0));
-}
-
-__device__ __forceinline__ void load_matrices(uint32_t (&registers)[4], uint32_t shared) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(registers[0]), "=r"(registers[1]), "=r"(registers[2]), "=r"(registers[3])
-               : "r"(shared));
 }
 
 __device__ __forceinline__ void multiply_add(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {

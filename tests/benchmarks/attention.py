@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from qvdit.bench.timing import captured
 from qvdit.bench.turns import in_turns, summary
 from qvdit.contract.files import write_json
-from qvdit.runtimes import cuda
+from qvdit.runtimes import cuda, torch_ops
 from qvdit.runtimes.tensorrt.device import Device
 
 CALLS, REPEATS = 10, 15
@@ -55,16 +55,8 @@ SHAPES = (
 
 def ours(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, y: torch.Tensor) -> None:
     """The kernel, on [B, L, H, D]."""
-    batch, rows, heads, size = q.shape
-    pointers = {name: x.data_ptr() for name, x in (("q", q), ("k", k), ("v", v), ("y", y))}
-    strides = {
-        f"{name}_{axis}": x.stride(i)
-        for name, x in (("q", q), ("k", k), ("v", v))
-        for i, axis in enumerate(("batch", "row", "head"))
-    }
-    sizes = {"batch": batch, "heads": heads, "rows": rows, "keys": k.shape[1], "head_size": size}
-    given = cuda.AttentionArgs(**pointers, **strides, **sizes, scale=size**-0.5, dtype=cuda.Dtype.F16)
-    cuda.library().attention(given, torch.cuda.current_stream().cuda_stream)
+    arguments = torch_ops.attention_args(q, k, v, y, q.shape[-1] ** -0.5)
+    cuda.library().attention(arguments, torch.cuda.current_stream().cuda_stream)
 
 
 def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,6 @@ import torch
 from qvdit.contract import QvditError
 from qvdit.runtimes import cuda, torch_ops
 
-TYPES = {torch.float16: cuda.Dtype.F16, torch.bfloat16: cuda.Dtype.BF16}
 EPSILON = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}  # of rounding to nearest
 SIZES = [8, 16, 32, 40, 48, 56, 64, 72, 80, 96, 104, 128]
 
@@ -21,18 +20,12 @@ def run(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, other: Mapping[str, Any] | None = None
 ) -> torch.Tensor:
     """y [B, L, H, D] of q [B, L, H, D], k and v [B, S, H, D], whatever their strides. other: arguments to replace."""
-    batch, rows, heads, size = q.shape
-    y = torch_ops._new(q, (batch, rows, heads, size), q.dtype)
-    strides = {f"{n}_{axis}": x.stride(i) for n, x in (("q", q), ("k", k), ("v", v)) for i, axis in enumerate(AXES)}
-    pointers = {"q": q.data_ptr(), "k": k.data_ptr(), "v": v.data_ptr(), "y": y.data_ptr()}
-    sizes = {"batch": batch, "heads": heads, "rows": rows, "keys": k.shape[1], "head_size": size}
-    given = {**pointers, **sizes, **strides, "scale": scale, "dtype": TYPES[q.dtype]}
-    given |= other or {}
-    cuda.library().attention(cuda.AttentionArgs(**given), torch.cuda.current_stream().cuda_stream)
+    y = torch_ops._new(q, tuple(q.shape), q.dtype)
+    arguments = torch_ops.attention_args(q, k, v, y, scale)
+    for name, value in (other or {}).items():
+        setattr(arguments, name, value)
+    cuda.library().attention(arguments, torch.cuda.current_stream().cuda_stream)
     return y
-
-
-AXES = ("batch", "row", "head")
 
 
 def expected(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
@@ -55,7 +48,7 @@ def assert_close(found: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch
     assert ((found.double() - wanted).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("dtype", EPSILON)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(("rows", "keys"), [(1, 1), (16, 16), (17, 15), (33, 64), (100, 65), (129, 200), (300, 7)])
 def test_attention(rows: int, keys: int, size: int, dtype: torch.dtype) -> None:

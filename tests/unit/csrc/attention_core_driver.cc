@@ -2,17 +2,9 @@
 #include <cstring>
 
 #include "../../../runtimes/csrc/tensorrt/attention_core.h"
+#include "told.h"
 
 using namespace qvdit::trt;
-
-namespace {
-
-int32_t told(bool succeeded, const Refusal& refusal, char* text) {
-  std::memcpy(text, refusal.text, sizeof(refusal.text));
-  return succeeded;
-}
-
-}  // namespace
 
 extern "C" {
 

@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "../../../runtimes/csrc/tensorrt/low_bit_core.h"
+#include "told.h"
 
 using namespace qvdit::trt;
 
@@ -19,11 +20,6 @@ const int32_t* find(const void* source, const char* name) {
     if (std::strcmp(named.names[i], name) == 0) return &named.values[i];
   }
   return nullptr;
-}
-
-int32_t told(bool succeeded, const Refusal& refusal, char* text) {
-  std::memcpy(text, refusal.text, sizeof(refusal.text));
-  return succeeded;
 }
 
 }  // namespace

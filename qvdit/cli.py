@@ -7,6 +7,7 @@ import logging
 import os
 import shlex
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -200,15 +201,28 @@ def run(
     guidance: Guidance = 2.5,
     seed: Seed = 0,
     threads: Threads = 2,
+    device: Annotated[str, typer.Option(help="Where the quantized model runs: cpu, cuda or cuda:N.")] = "cpu",
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            help="What runs it: onnxruntime on a CPU; on a GPU pytorch (the CUDA kernels), tensorrt (the engine that "
+            "`qvdit engine` built) or onnxruntime (default: the first)."
+        ),
+    ] = None,
 ) -> None:
-    """Sample a video with a bundle's quantized model in its pipeline, on ONNX Runtime."""
+    """Sample a video with a bundle's quantized model in its pipeline.
+
+    On a CPU:  qvdit run out/w4a8 --out video.webp
+
+    On a GPU, by its TensorRT engine:  qvdit run out/w4a8 --device cuda --engine tensorrt --out video.webp
+    """
     import qvdit.runtimes
     from qvdit.method.calibration import sample
     from qvdit.models.loading import find_model
     from qvdit.videos import check_suffix, write_video
 
     check_suffix(out)
-    transformer = qvdit.runtimes.load(bundle, threads)
+    transformer = qvdit.runtimes.load(bundle, threads if device == "cpu" else None, device, engine=engine)
     source = find_model(model or transformer.manifest.model)
     if transformer.manifest.source != source.fingerprint:
         raise QvditError(
@@ -217,10 +231,20 @@ def run(
     with console.status("loading"):
         pipeline = source.load()
     pipeline.transformer = transformer
+    pipeline.to(_pytorch_device(device))  # its other parts: the engine stays where it is
+    started = time.monotonic()
     with console.status(f"sampling {steps} steps"):
         video = sample(pipeline, [prompt], steps, guidance, [seed])
+    seconds = time.monotonic() - started
     write_video(video, out)
-    console.print(f"wrote {out}", soft_wrap=True)
+    console.print(f"wrote {out}, sampled in {seconds:.1f} s", soft_wrap=True)
+
+
+def _pytorch_device(device: str) -> str:
+    """Where PyTorch's part of a pipeline runs: beside the engine, unless this PyTorch knows no GPU."""
+    import torch
+
+    return device if torch.cuda.is_available() else "cpu"
 
 
 @app.command()

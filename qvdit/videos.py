@@ -22,8 +22,8 @@ def check_suffix(path: Path) -> None:
 
 
 def write_video(video: Any, path: Path) -> None:
-    """Write a video [1, 3, T, H, W] in -1 … 1 as an animation, or any latents as safetensors."""
-    tensor = torch.as_tensor(video).float()
+    """Write a video [1, 3, T, H, W] in -1 … 1, of any device, as an animation, or any latents as safetensors."""
+    tensor = torch.as_tensor(video).float().cpu()
     if path.suffix == ".safetensors":
         from safetensors.torch import save_file
 

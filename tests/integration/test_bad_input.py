@@ -416,6 +416,21 @@ def test_run_with_an_unknown_prompt(bundle: Path, wan_folder: Path, cli: Any, tm
     assert not video.exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--device", "gpu"), ("'gpu'", "cpu, cuda or cuda:N")),
+        (("--engine", "tensorrt"), ("engine 'tensorrt' on device 'cpu'", "onnxruntime")),
+        (("--device", "cuda", "--engine", "openvino"), ("'openvino'", "pytorch or tensorrt or onnxruntime")),
+        (("--device", "cuda:7"), ("CUDA",)),
+    ],
+)
+def test_run_on_what_is_not_there(options, said, bundle: Path, wan_folder: Path, cli: Any, tmp_path: Path) -> None:
+    video = tmp_path / "video.webp"
+    assert_refused(cli("qvdit", "run", bundle, "--model", wan_folder, "--out", video, *options), *said)
+    assert not video.exists()
+
+
 def test_run_into_an_unknown_file_type(bundle: Path, wan_folder: Path, cli: Any, tmp_path: Path) -> None:
     result = cli("qvdit", "run", bundle, "--model", wan_folder, "--out", tmp_path / "video.mp4")
     assert_refused(result, "video.mp4", ".webp")

@@ -15,13 +15,25 @@ stop() {
 }
 trap stop EXIT
 
+# The service sees the GPUs that are visible to it, and numbers them from 0: so must its clients.
+start() {
+    nvidia-cuda-mps-control -d || return 1
+    local named
+    if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
+        IFS=, read -ra named <<<"$CUDA_VISIBLE_DEVICES"
+        CUDA_VISIBLE_DEVICES=$(seq -s, 0 $((${#named[@]} - 1)))
+    fi
+}
+
+visible=${CUDA_VISIBLE_DEVICES:-}
 probe="import torch; [torch.zeros(1, device=f'cuda:{i}') for i in range(torch.cuda.device_count())]"
-if nvidia-cuda-mps-control -d && timeout 60 "${PYTHON:-python3}" -c "$probe"; then
+if start && timeout 60 "${PYTHON:-python3}" -c "$probe"; then
     echo "under the Multi-Process Service" >&2
 else
     echo "no Multi-Process Service here: processes take turns" >&2
     cat "$CUDA_MPS_LOG_DIRECTORY"/*.log >&2 2>/dev/null || true
     echo quit | nvidia-cuda-mps-control >/dev/null 2>&1 || true
     unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY
+    [ -z "$visible" ] || CUDA_VISIBLE_DEVICES=$visible
 fi
 "$@"

@@ -33,14 +33,24 @@ bool works(const std::string& name, int major, int older) {
   return false;
 }
 
-void parse_onnx(const std::string& onnx, INetworkDefinition& network, Log& log) {
-  const Parser parser(nvonnxparser::createParser(network, log));
+// The parser holds the weights that the network points to: it must live until the engine is built.
+Parser parse_onnx(const std::string& onnx, INetworkDefinition& network, Log& log) {
+  Parser parser(nvonnxparser::createParser(network, log));
   if (!parser) throw Error("no ONNX parser (" + log.why() + ")", "one that starts", "see that TensorRT is whole");
-  if (parser->parseFromFile(onnx.c_str(), 0)) return;
+  if (parser->parseFromFile(onnx.c_str(), 0)) return parser;
   const auto* first = parser->getNbErrors() > 0 ? parser->getError(0) : nullptr;
   const std::string where = first ? error_node(*first) : "the model";
   throw Error(onnx + ", which TensorRT does not parse at " + where + " (" + log.why() + ")",
               "nodes that this TensorRT and the plugin know", "export the model again; --verbose shows more");
+}
+
+// Makes an input's extents constant where its profile has one size: all that is computed from them goes away.
+void fix_shape(nvinfer1::ITensor& input, const Profile& profile) {
+  nvinfer1::Dims dims = dims_of(profile.least);
+  for (size_t i = 0; i < profile.least.size(); ++i) {
+    if (profile.least[i] != profile.most[i]) dims.d[i] = -1;
+  }
+  input.setDimensions(dims);
 }
 
 void add_profile(nvinfer1::IBuilder& builder, IBuilderConfig& config, const INetworkDefinition& network,
@@ -49,6 +59,7 @@ void add_profile(nvinfer1::IBuilder& builder, IBuilderConfig& config, const INet
   for (int i = 0; i < network.getNbInputs(); ++i) {
     const char* name = network.getInput(i)->getName();
     const Profile profile = profile_of(name);
+    fix_shape(*network.getInput(i), profile);
     const bool set = shapes.setDimensions(name, OptProfileSelector::kMIN, dims_of(profile.least)) &&
                      shapes.setDimensions(name, OptProfileSelector::kOPT, dims_of(profile.typical)) &&
                      shapes.setDimensions(name, OptProfileSelector::kMAX, dims_of(profile.most));
@@ -100,7 +111,7 @@ std::string build_engine(const std::string& onnx, const std::function<Profile(co
   const std::unique_ptr<nvinfer1::IBuilder> builder(nvinfer1::createInferBuilder(log));
   if (!builder) throw Error("no TensorRT builder (" + log.why() + ")", "one that starts", "see that TensorRT is whole");
   const std::unique_ptr<INetworkDefinition> network(builder->createNetworkV2(network_flags()));
-  parse_onnx(onnx, *network, log);
+  const Parser parser = parse_onnx(onnx, *network, log);
   const std::unique_ptr<IBuilderConfig> config(builder->createBuilderConfig());
   // The few products that the graph keeps in float32 steer every token; ten bits of mantissa would undo that.
   config->clearFlag(BuilderFlag::kTF32);

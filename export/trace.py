@@ -42,12 +42,17 @@ class _Placeholder(torch.nn.Module):
 
 
 def trace(
-    transformer: torch.nn.Module, adapter: ModelAdapter, layers: dict[str, int], inputs: dict[str, torch.Tensor]
+    transformer: torch.nn.Module,
+    adapter: ModelAdapter,
+    layers: dict[str, int],
+    inputs: dict[str, torch.Tensor],
+    fusable_attention: bool = True,
 ) -> onnx.ModelProto:
     """Export a transformer with placeholders for ``layers`` (name → N).
 
     Batch and, where the family allows it, the video's size are dynamic. Inputs keep diffusers' names; the output is
-    called ``sample``. ``inputs`` are an example.
+    called ``sample``. ``inputs`` are an example. fusable_attention: as :mod:`qvdit.export.attention` translates it;
+    else as PyTorch does.
     """
     model: Any = copy.deepcopy(transformer).cpu().float().eval()
     adapter.prepare_for_export(model)
@@ -69,7 +74,7 @@ def trace(
             dynamic_shapes=shapes,
             input_names=list(adapter.inputs),
             output_names=[OUTPUT],
-            custom_translation_table=TRANSLATIONS,
+            custom_translation_table=TRANSLATIONS if fusable_attention else None,
             verbose=False,
         )
     proto = program.model_proto

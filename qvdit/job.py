@@ -54,7 +54,8 @@ from qvdit.stages import Stages
 from qvdit.system import cpu_name, tool_versions
 
 STAGES = ("calibrate", "statistics", "quantize", "trace", "export", "parity", "speed", "quality")
-_TRACE = "attention as product, softmax and product"  # changes whenever what is traced does
+# Changes whenever what is traced does: by whether attention is fusable.
+_TRACE = {True: "attention as product, softmax and product", False: "attention as PyTorch translates it"}
 # Changes whenever a TensorRT bundle's graphs do.
 _GRAPHS = "opset 17, softmax in FP16, GELU, LayerNorm and attention in the plugin's nodes"
 
@@ -209,15 +210,16 @@ class Job:
         from qvdit.export.trace import trace
 
         written: list[Path] = []
+        fusable = self.recipe.kind != "static"
 
         def work() -> None:
             transformer, sites = self.pipeline.transformer, self.sites
             widths = {site.name: transformer.get_submodule(site.name).out_features for site in sites}
-            traced = trace(transformer, self.source.adapter, widths, self.example())
+            traced = trace(transformer, self.source.adapter, widths, self.example(), fusable)
             written.extend(save_model(traced, self.work / "traced.onnx"))
             written.extend(save_model(graph.baseline_model(traced, self._full_weights()), self.work / "baseline.onnx"))
 
-        self.stages.run("trace", [self.calibration_stages.result("calibrate"), _TRACE], lambda: written, work)
+        self.stages.run("trace", [self.calibration_stages.result("calibrate"), _TRACE[fusable]], lambda: written, work)
 
     def export(self, progress: Progress) -> None:
         """Write the ONNX files, what is not quantized, and the manifest that makes the folder a bundle."""

@@ -73,15 +73,30 @@ def test_processes_that_share_a_trace_write_it_in_turns(tmp_path: Path, monkeypa
     monkeypatch.setattr(prepare, "trace", lambda *given: None)
     monkeypatch.setattr(prepare, "save_model", save)
     adapter = SimpleNamespace(sites=lambda transformer: [])
-    threads = [
-        threading.Thread(target=prepare._trace, args=(None, adapter, {}, tmp_path / "work" / "traced.onnx"))
-        for _ in range(4)
-    ]
+    tracers = [prepare._tracer(None, adapter, {}, tmp_path / "work") for _ in range(4)]  # a process each
+    threads = [threading.Thread(target=traced, args=(True,)) for traced in tracers]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert most == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(("engine", "scaled"), [("fp16", {"Mul", "Transpose"}), ("int8_qdq", {"Mul"})])
+def test_attention_beside_static_layers_is_not_what_tensorrt_fuses(prepared: Path, engine: str, scaled: set) -> None:
+    """Queries alone are scaled where it may be fused, else queries and keys."""
+    graph = onnx.load(cases.folder(prepared, SLICE, engine) / TENSORRT_MODEL, load_external_data=False).graph
+    made = {name: node for node in graph.node for name in node.output}
+
+    def before(name: str, *skipped: str) -> onnx.NodeProto:
+        node = made[name]
+        return before(node.input[0], *skipped) if node.op_type in skipped else node
+
+    products = [before(node.input[0], "Cast") for node in graph.node if node.op_type == "Softmax"]
+    assert products
+    for product in products:
+        assert product.op_type == "MatMul"
+        assert {before(name, "Cast").op_type for name in product.input} == scaled
 
 
 def test_every_engine_is_a_case(prepared: Path) -> None:

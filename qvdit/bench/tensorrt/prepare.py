@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -57,13 +58,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Source:
-    """A model, traced once for all of its engines."""
+    """A model, traced once for all of its engines but static INT8's, whose attention is another."""
 
     name: str
     transformer: Any  # in full precision, on the device it runs on
     adapter: ModelAdapter
     inputs: dict[str, torch.Tensor]  # FP16-representable, on the CPU
-    traced: Path
+    traced: Callable[[bool], Path]  # by whether attention is fusable
     largest: dict[str, float]  # magnitudes of its values, where they were measured
     layers: Callable[[str], tuple[Layer, ...]]  # of an engine's name
 
@@ -99,7 +100,7 @@ def write(source: Source, engine: str, full: np.ndarray, folder: Path, settings:
     """One case. full: the output of full precision."""
     layers: tuple[Layer, ...] = () if engine == "fp16" else source.layers(engine)
     kept = {} if len(layers) == len(source.sites) else _full_weights(source)
-    traced = TracedModel(source.traced, layers, kept, source.largest)
+    traced = TracedModel(source.traced(engine != "int8_qdq"), layers, kept, source.largest)
     quantized = full
     references: tuple[LayerReference, ...] = ()
     if layers:
@@ -156,12 +157,21 @@ def _full_weights(source: Source) -> dict[str, tuple[np.ndarray, np.ndarray | No
     return found
 
 
-def _trace(transformer: Any, adapter: ModelAdapter, inputs: dict[str, torch.Tensor], path: Path) -> onnx.ModelProto:
-    widths = {site.name: transformer.get_submodule(site.name).out_features for site in adapter.sites(transformer)}
-    traced = trace(transformer, adapter, widths, inputs)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(path.with_name(f".{path.name}.lock")):  # one process an engine is quicker, and they share it
-        save_model(traced, path)
+def _tracer(
+    transformer: Any, adapter: ModelAdapter, inputs: dict[str, torch.Tensor], folder: Path
+) -> Callable[[bool], Path]:
+    """Traces a model into a folder, once for each form of its attention, when first asked for."""
+
+    @functools.cache
+    def traced(fusable: bool) -> Path:
+        widths = {site.name: transformer.get_submodule(site.name).out_features for site in adapter.sites(transformer)}
+        model = trace(transformer, adapter, widths, inputs, fusable)
+        path = folder / ("traced.onnx" if fusable else "traced-static.onnx")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(path.with_name(f".{path.name}.lock")):  # one process an engine is quicker: they share it
+            save_model(model, path)
+        return path
+
     return traced
 
 
@@ -183,8 +193,8 @@ def _shipped(model: str, root: Path, device: str) -> Source:
         job.run("quantize")
         return job.layers
 
-    source = Source(model, transformer, adapter, inputs, work / "traced.onnx", {}, layers)
-    traced = _trace(transformer, adapter, inputs, source.traced)
+    source = Source(model, transformer, adapter, inputs, _tracer(transformer, adapter, inputs, work), {}, layers)
+    traced = onnx.load(source.traced(True))
     save_model(graph.baseline_model(traced, _full_weights(source)), work / "baseline.onnx")
     largest = largest_values(work / "baseline.onnx", {name: tensor.numpy() for name, tensor in inputs.items()})
     return dataclasses.replace(source, largest=largest)
@@ -223,8 +233,6 @@ def _random(model: str, root: Path, seed: int, device: str) -> Source:
     adapter = next(a for a in ADAPTERS if a.class_name == type(transformer).__name__)
     guided = {"hidden_states": video.repeat(2, 1, 1, 1, 1), "timestep": torch.full((2,), 500.0)}
     inputs = {name: x.half().float() for name, x in {**guided, "encoder_hidden_states": text}.items()}
-    traced = root / "work" / model / "traced.onnx"
-    _trace(transformer, adapter, inputs, traced)
     transformer.to(device)
 
     def layers(engine: str) -> tuple[Layer, ...]:
@@ -233,6 +241,7 @@ def _random(model: str, root: Path, seed: int, device: str) -> Source:
         return random_layers(transformer, adapter, inputs, Bits.parse(_BITS[engine]), engine != "w4a8_no_tqe", seed)
 
     # No value of random weights comes near what FP16 holds: nothing to measure.
+    traced = _tracer(transformer, adapter, inputs, root / "work" / model)
     return Source(model, transformer, adapter, inputs, traced, {}, layers)
 
 

@@ -141,18 +141,18 @@ def _scale(variant: Variant) -> list[str]:
         "last_axis = Constant <value_ints = [-1]> ()",
         "zero = Constant <value_float = 0.0> ()",
         "smallest = Constant <value_float = 1e-8> ()",
+        "x_min = ReduceMin <keepdims = 1> (x_smooth, last_axis)",
+        "x_max = ReduceMax <keepdims = 1> (x_smooth, last_axis)",
     ]
     if variant.act_symmetric:
         lines += [
             f"levels = Constant <value_float = {float((1 << (variant.act_bits - 1)) - 1)}> ()",
-            "magnitude = Abs (x_smooth)",
-            "span = ReduceMax <keepdims = 1> (magnitude, last_axis)",
+            "opposite = Neg (x_min)",
+            "span = Max (x_max, opposite)",
         ]
     else:
         lines += [
             f"levels = Constant <value_float = {float((1 << variant.act_bits) - 1)}> ()",
-            "x_min = ReduceMin <keepdims = 1> (x_smooth, last_axis)",
-            "x_max = ReduceMax <keepdims = 1> (x_smooth, last_axis)",
             "low = Min (x_min, zero)",
             "high = Max (x_max, zero)",
             "span = Sub (high, low)",
@@ -162,10 +162,13 @@ def _scale(variant: Variant) -> list[str]:
         "ratio = Div (span, levels)",
         "s_x = Max (ratio, smallest)",
         "s_rows = Squeeze (s_x, last_axis)",  # [M]
-        # 0, or NaN for a row with NaN or Inf: times zero first, or a sum of huge values would overflow; and a sum,
-        # because a maximum may overlook a NaN.
-        "nothing = Mul (x_smooth, zero)",
-        "poison = ReduceSum <keepdims = 1> (nothing, last_axis)",
+        # 0, or NaN for a row with NaN or Inf: a sum of products with zero, because a sum of huge values would overflow
+        # and a maximum may overlook a NaN; as a product with a column, it reads x once and writes next to nothing.
+        "features = Shape <start = 1> (x_smooth)",
+        "single = Constant <value_ints = [1]> ()",
+        "column_shape = Concat <axis = 0> (features, single)",
+        "zero_column = ConstantOfShape (column_shape)",
+        "poison = MatMul (x_smooth, zero_column)",
         "s_out = Add (s_x, poison)",
         "s_out_rows = Squeeze (s_out, last_axis)",
     ]
@@ -352,6 +355,16 @@ def _epilogue(variant: Variant, body: Body) -> list[str]:
         ]
     else:
         lines += ["gained = Identity (factor)"]
-    # One Gemm writes the rank-R term and the bias in a single pass over [M, N].
-    lines += [f"side = Gemm (gained, beta{', bias' if variant.bias else ''})", "y_rows = Add (product, side)"]
-    return lines
+    if not variant.bias:
+        return [*lines, "y_rows = Gemm (gained, beta, product)"]
+    # The bias is one rank more, so that a single Gemm adds everything to the product.
+    return [
+        *lines,
+        "ones_shape = Shape (s_x)",
+        "ones = ConstantOfShape <value = float[1] {1.0}> (ones_shape)",
+        "gained_and_one = Concat <axis = 1> (gained, ones)",
+        "first = Constant <value_ints = [0]> ()",
+        "bias_row = Unsqueeze (bias, first)",
+        "beta_and_bias = Concat <axis = 0> (beta, bias_row)",  # folded when the session loads
+        "y_rows = Gemm (gained_and_one, beta_and_bias, product)",
+    ]

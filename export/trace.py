@@ -46,6 +46,7 @@ def trace(
     adapter: ModelAdapter,
     layers: dict[str, int],
     inputs: dict[str, torch.Tensor],
+    *,
     fusable_attention: bool = True,
 ) -> onnx.ModelProto:
     """Export a transformer with placeholders for ``layers`` (name → N).

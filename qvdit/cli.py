@@ -200,7 +200,9 @@ def run(
     steps: Steps = 20,
     guidance: Guidance = 2.5,
     seed: Seed = 0,
-    threads: Threads = 2,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of ONNX Runtime (default: 2 on a CPU, its own choice on a GPU).")
+    ] = None,
     device: Annotated[str, typer.Option(help="Where the quantized model runs: cpu, cuda or cuda:N.")] = "cpu",
     engine: Annotated[
         str | None,
@@ -222,29 +224,31 @@ def run(
     from qvdit.videos import check_suffix, write_video
 
     check_suffix(out)
-    transformer = qvdit.runtimes.load(bundle, threads if device == "cpu" else None, device, engine=engine)
+    transformer = qvdit.runtimes.load(bundle, threads or (2 if device == "cpu" else None), device, engine=engine)
     source = find_model(model or transformer.manifest.model)
     if transformer.manifest.source != source.fingerprint:
         raise QvditError(
             f"--model {source.name}", f"the model of this bundle ({transformer.manifest.model})", "check --model"
         )
     with console.status("loading"):
-        pipeline = source.load()
-    pipeline.transformer = transformer
-    pipeline.to(_pytorch_device(device))  # its other parts: the engine stays where it is
+        pipeline = _with_transformer(source.load(), transformer, device)
     started = time.monotonic()
     with console.status(f"sampling {steps} steps"):
-        video = sample(pipeline, [prompt], steps, guidance, [seed])
+        video = sample(pipeline, [prompt], steps, guidance, [seed]).cpu()  # a GPU may not have finished before
     seconds = time.monotonic() - started
     write_video(video, out)
     console.print(f"wrote {out}, sampled in {seconds:.1f} s", soft_wrap=True)
 
 
-def _pytorch_device(device: str) -> str:
-    """Where PyTorch's part of a pipeline runs: beside the engine, unless this PyTorch knows no GPU."""
+def _with_transformer(pipeline: Any, transformer: Any, device: str) -> Any:
+    """A pipeline with a quantized transformer, its other parts beside that, unless this PyTorch knows no GPU."""
     import torch
 
-    return device if torch.cuda.is_available() else "cpu"
+    pipeline.transformer = transformer
+    text_encoder = getattr(pipeline, "text_encoder", None)
+    if text_encoder is not None:
+        text_encoder.to(transformer.dtype)  # whose type some pipelines give the latents
+    return pipeline.to(device if torch.cuda.is_available() else "cpu")
 
 
 @app.command()
@@ -645,6 +649,18 @@ def _guarded(command: Callable[[], Any]) -> None:
         if isinstance(error, OSError) and os.environ.get("QVDIT_DEBUG"):
             raise
         errors.print(in_one_line(error), style="red", soft_wrap=True, highlight=False, markup=False)
+        sys.exit(2)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError" or os.environ.get(
+            "QVDIT_DEBUG"
+        ):  # PyTorch's, which may be absent
+            raise
+        full = QvditError(
+            f"a GPU without room ({str(error).splitlines()[0]})",
+            "enough free memory on it",
+            "end other programs on the GPU, or choose a smaller model or batch",
+        )
+        errors.print(in_one_line(full), style="red", soft_wrap=True, highlight=False, markup=False)
         sys.exit(2)
 
 

@@ -204,18 +204,18 @@ class Job:
         )
 
     def trace(self, _: Progress) -> None:
-        """Trace the transformer once, for every target and bit width, and write the full-precision baseline."""
+        """Trace the transformer once, for every bit width, and write the full-precision baseline."""
         from qvdit.export import graph
         from qvdit.export.files import save_model
         from qvdit.export.trace import trace
 
         written: list[Path] = []
-        fusable = self.recipe.kind != "static"
+        fusable = self.recipe.kind != "static" or self.settings.target != "tensorrt"
 
         def work() -> None:
             transformer, sites = self.pipeline.transformer, self.sites
             widths = {site.name: transformer.get_submodule(site.name).out_features for site in sites}
-            traced = trace(transformer, self.source.adapter, widths, self.example(), fusable)
+            traced = trace(transformer, self.source.adapter, widths, self.example(), fusable_attention=fusable)
             written.extend(save_model(traced, self.work / "traced.onnx"))
             written.extend(save_model(graph.baseline_model(traced, self._full_weights()), self.work / "baseline.onnx"))
 

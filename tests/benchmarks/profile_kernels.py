@@ -12,6 +12,7 @@ import argparse
 import csv
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -30,6 +31,7 @@ from qvdit.contract.files import write_json
 from qvdit.runtimes import cuda, torch_ops
 from qvdit.runtimes.tensorrt.device import Device
 
+KERNELS = ("quantize", "unpack", "gemm")
 SHAPES = "32768x4608x1152,32768x1152x4608,512x5120x5120"
 SECTIONS = ("SpeedOfLight", "Occupancy", "SchedulerStats", "WarpStateStats", "LaunchStats")
 KEPT = {  # Nsight Compute's name: ours
@@ -63,10 +65,12 @@ def launches(shape: Shape) -> Iterator[Launch]:
         yield {"what": "gemm", "rank": rank}, partial(ours.gemm, rows, 0, y, rank, cuda.Tile.AUTO)
 
 
-def run(shapes: tuple[Shape, ...]) -> None:
+def run(shapes: tuple[Shape, ...], kernels: tuple[str, ...]) -> None:
     """Under Nsight Compute: a line of JSON for every launch that it profiles."""
     for shape in shapes:
         for what, launch in launches(shape):
+            if what["what"] not in kernels:
+                continue
             for _ in range(3):
                 launch()
             torch.cuda.synchronize()
@@ -81,7 +85,9 @@ def rows_of(output: str) -> list[dict[str, Any]]:
     """The launches that a run under Nsight Compute told of, with the counters of its CSV, in the same order."""
     lines = output.splitlines()
     told = [json.loads(line) for line in lines if line.startswith('{"m"')]
-    header = next(i for i, line in enumerate(lines) if line.startswith('"ID"'))
+    header = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), None)
+    if header is None:
+        raise SystemExit(f"Nsight Compute told of no kernel:\n{output[-2000:]}")
     counters: dict[str, dict[str, Any]] = {}
     for row in csv.DictReader(lines[header:]):
         found = counters.setdefault(row["ID"], {"kernel": row["Kernel Name"].split("<")[0].split("(")[0]})
@@ -98,15 +104,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("profile.json"))
     parser.add_argument("--shapes", default=SHAPES, help="MxNxK, separated by commas")
+    parser.add_argument("--kernels", default=",".join(KERNELS), help="some of them, separated by commas")
     parser.add_argument("--launch", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.launch:
-        run(parse(arguments.shapes))
+        run(parse(arguments.shapes), tuple(arguments.kernels.split(",")))
         return
+    if shutil.which("ncu") is None:
+        raise SystemExit("no ncu on the PATH: it comes with CUDA, as Nsight Compute")
     command = ["ncu", "--csv", "--page", "details", "--clock-control", "none", "--profile-from-start", "off"]
     for section in SECTIONS:
         command += ["--section", section]
-    command += [sys.executable, __file__, "--launch", "--shapes", arguments.shapes]
+    command += [sys.executable, __file__, "--launch", "--shapes", arguments.shapes, "--kernels", arguments.kernels]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stdout[-2000:] + done.stderr[-2000:])

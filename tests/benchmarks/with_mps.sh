@@ -34,6 +34,7 @@ else
     cat "$CUDA_MPS_LOG_DIRECTORY"/*.log >&2 2>/dev/null || true
     echo quit | nvidia-cuda-mps-control >/dev/null 2>&1 || true
     unset CUDA_MPS_PIPE_DIRECTORY CUDA_MPS_LOG_DIRECTORY
+    trap 'rm -rf "$folder"' EXIT  # another service is none of ours
     [ -z "$visible" ] || CUDA_VISIBLE_DEVICES=$visible
 fi
 "$@"

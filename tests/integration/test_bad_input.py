@@ -423,12 +423,27 @@ def test_run_with_an_unknown_prompt(bundle: Path, wan_folder: Path, cli: Any, tm
         (("--engine", "tensorrt"), ("engine 'tensorrt' on device 'cpu'", "onnxruntime")),
         (("--device", "cuda", "--engine", "openvino"), ("'openvino'", "pytorch or tensorrt or onnxruntime")),
         (("--device", "cuda:7"), ("CUDA",)),
+        (("--device", "cuda", "--engine", "tensorrt", "--threads", 2), ("2 threads on a GPU",)),
     ],
 )
-def test_run_on_what_is_not_there(options, said, bundle: Path, wan_folder: Path, cli: Any, tmp_path: Path) -> None:
+def test_run_on_what_is_not_there(
+    options, said, bundle: Path, wan_folder: Path, cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     video = tmp_path / "video.webp"
     assert_refused(cli("qvdit", "run", bundle, "--model", wan_folder, "--out", video, *options), *said)
     assert not video.exists()
+
+
+def test_run_on_a_gpu_without_room(
+    bundle: Path, wan_folder: Path, cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nSee the documentation")
+
+    monkeypatch.setattr("qvdit.runtimes.load", full)
+    result = cli("qvdit", "run", bundle, "--model", wan_folder, "--out", tmp_path / "video.webp", "--device", "cuda")
+    assert_refused(result, "without room", "20.00 GiB")
 
 
 def test_run_into_an_unknown_file_type(bundle: Path, wan_folder: Path, cli: Any, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ METRICS = {
 def quick(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The finished bundle's traced graph instead of tracing the same model again, and a small linear to time."""
     monkeypatch.setattr("qvdit.speed.LINEAR", (96, 64))
-    monkeypatch.setattr("qvdit.export.trace.trace", lambda *_: onnx.load(bundle / "work" / "traced.onnx"))
+    monkeypatch.setattr("qvdit.export.trace.trace", lambda *_, **__: onnx.load(bundle / "work" / "traced.onnx"))
 
 
 @pytest.fixture
@@ -585,6 +585,31 @@ def test_run_command(bundle: Path, wan_folder: Path, tmp_path: Path, cli: Any) -
     assert f"wrote {video}" in stdout
     expected = load_file(bundle / "work" / "videos.safetensors")["quantized"]
     np.testing.assert_array_equal(load_file(video)["video"], expected)
+
+
+@pytest.mark.parametrize("engine", [None, "tensorrt"])
+def test_run_command_on_a_gpu(
+    engine: str | None, bundle: Path, wan_folder: Path, tmp_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What runs there is ONNX Runtime in its place; what is asked for, and the video, are the command's own."""
+    import qvdit.runtimes
+
+    asked: list[tuple[Any, ...]] = []
+    load = qvdit.runtimes.load
+
+    def stand_in(folder: Path, threads: int | None, device: str, engine: str | None = None) -> Any:
+        asked.append((threads, device, engine))
+        return load(folder, 1)
+
+    monkeypatch.setattr("qvdit.runtimes.load", stand_in)
+    video = tmp_path / "video.safetensors"
+    chosen = () if engine is None else ("--engine", engine)
+    options = ("--model", wan_folder, "--steps", 1, "--device", "cuda:0", *chosen)
+    code, stdout, stderr = cli("qvdit", "run", bundle, "--out", video, *options)
+    assert (code, stderr) == (0, "")
+    assert f"wrote {video}, sampled in " in stdout
+    assert asked == [(None, "cuda:0", engine)]
+    assert load_file(video)["video"].shape == (1, 3, 16, 32, 32)
 
 
 def test_run_command_writes_an_animation(bundle: Path, wan_folder: Path, tmp_path: Path, cli: Any) -> None:

@@ -23,7 +23,7 @@ MODELS = ("wan-shapes", "latte-shapes", "latte-xl-block", "latte-xl-slice", "lat
 ENGINES = ("fp16", "int8_qdq", "w8a8", "w4a8", "w4a8_no_tqe", "w3a6")
 USUAL_MODELS = ("wan-shapes", "latte-shapes", "latte-xl-slice")
 FULL_XL = ("fp16", "w4a8")  # engines of latte-xl: a build takes minutes
-FORMAT = 1
+FORMAT = 2
 _CASE = "case.json"
 
 
@@ -57,6 +57,12 @@ def save(case: Case, where: Path) -> None:
 def exists(where: Path) -> bool:
     """Whether a folder is a whole case."""
     return (where / _CASE).is_file()
+
+
+def is_current(where: Path) -> bool:
+    """Whether a folder is a whole case of this version."""
+    content: Any = read_json(where / _CASE, "a case to measure") if exists(where) else None
+    return isinstance(content, dict) and content.get("format") == FORMAT
 
 
 def load(where: Path) -> tuple[Case, np.ndarray]:

@@ -65,7 +65,7 @@ class Source:
     adapter: ModelAdapter
     inputs: dict[str, torch.Tensor]  # FP16-representable, on the CPU
     traced: Callable[[bool], Path]  # by whether attention is fusable
-    largest: dict[str, float]  # magnitudes of its values, where they were measured
+    largest: Callable[[bool], dict[str, float]]  # magnitudes of that graph's values, where they were measured
     layers: Callable[[str], tuple[Layer, ...]]  # of an engine's name
 
     @property
@@ -80,7 +80,7 @@ def prepare(settings: Settings, root: Path, say: Say) -> list[Path]:
     written = []
     for model in settings.models:
         engines = cases.engines_of(model, settings.engines)
-        missing = [engine for engine in engines if not cases.exists(cases.folder(root, model, engine))]
+        missing = [engine for engine in engines if not cases.is_current(cases.folder(root, model, engine))]
         if not missing:
             continue
         source = _random(model, root, settings.seed, device) if model in XL_BLOCKS else _shipped(model, root, device)
@@ -100,7 +100,8 @@ def write(source: Source, engine: str, full: np.ndarray, folder: Path, settings:
     """One case. full: the output of full precision."""
     layers: tuple[Layer, ...] = () if engine == "fp16" else source.layers(engine)
     kept = {} if len(layers) == len(source.sites) else _full_weights(source)
-    traced = TracedModel(source.traced(engine != "int8_qdq"), layers, kept, source.largest)
+    fusable = engine != "int8_qdq"
+    traced = TracedModel(source.traced(fusable), layers, kept, source.largest(fusable))
     quantized = full
     references: tuple[LayerReference, ...] = ()
     if layers:
@@ -165,7 +166,7 @@ def _tracer(
     @functools.cache
     def traced(fusable: bool) -> Path:
         widths = {site.name: transformer.get_submodule(site.name).out_features for site in adapter.sites(transformer)}
-        model = trace(transformer, adapter, widths, inputs, fusable)
+        model = trace(transformer, adapter, widths, inputs, fusable_attention=fusable)
         path = folder / ("traced.onnx" if fusable else "traced-static.onnx")
         path.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(path.with_name(f".{path.name}.lock")):  # one process an engine is quicker: they share it
@@ -193,11 +194,21 @@ def _shipped(model: str, root: Path, device: str) -> Source:
         job.run("quantize")
         return job.layers
 
-    source = Source(model, transformer, adapter, inputs, _tracer(transformer, adapter, inputs, work), {}, layers)
-    traced = onnx.load(source.traced(True))
-    save_model(graph.baseline_model(traced, _full_weights(source)), work / "baseline.onnx")
-    largest = largest_values(work / "baseline.onnx", {name: tensor.numpy() for name, tensor in inputs.items()})
+    traced = _tracer(transformer, adapter, inputs, work)
+    source = Source(model, transformer, adapter, inputs, traced, _unmeasured, layers)
+
+    @functools.cache
+    def largest(fusable: bool) -> dict[str, float]:
+        baseline = work / ("baseline.onnx" if fusable else "baseline-static.onnx")
+        save_model(graph.baseline_model(onnx.load(traced(fusable)), _full_weights(source)), baseline)
+        return largest_values(baseline, {name: tensor.numpy() for name, tensor in inputs.items()})
+
     return dataclasses.replace(source, largest=largest)
+
+
+def _unmeasured(_: bool) -> dict[str, float]:
+    """No value of random weights comes near what FP16 holds: nothing to measure."""
+    return {}
 
 
 def _job(model: str, engine: str, work: Path, device: str) -> Job:
@@ -240,9 +251,8 @@ def _random(model: str, root: Path, seed: int, device: str) -> Source:
             return static_layers(transformer, adapter, inputs)
         return random_layers(transformer, adapter, inputs, Bits.parse(_BITS[engine]), engine != "w4a8_no_tqe", seed)
 
-    # No value of random weights comes near what FP16 holds: nothing to measure.
     traced = _tracer(transformer, adapter, inputs, root / "work" / model)
-    return Source(model, transformer, adapter, inputs, traced, {}, layers)
+    return Source(model, transformer, adapter, inputs, traced, _unmeasured, layers)
 
 
 class _OneRecord:

@@ -46,9 +46,10 @@ Parser parse_onnx(const std::string& onnx, INetworkDefinition& network, Log& log
 
 // Makes an input's extents constant where its profile has one size: all that is computed from them goes away.
 void fix_shape(nvinfer1::ITensor& input, const Profile& profile) {
-  nvinfer1::Dims dims = dims_of(profile.least);
-  for (size_t i = 0; i < profile.least.size(); ++i) {
-    if (profile.least[i] != profile.most[i]) dims.d[i] = -1;
+  nvinfer1::Dims dims = input.getDimensions();
+  const nvinfer1::Dims least = dims_of(profile.least);
+  for (int i = 0; i < dims.nbDims && i < least.nbDims; ++i) {
+    if (dims.d[i] == -1 && profile.least[i] == profile.most[i]) dims.d[i] = least.d[i];
   }
   input.setDimensions(dims);
 }

@@ -29,6 +29,7 @@ class GraphEditor:
 
     def __init__(self, graph: onnx.GraphProto):
         self.graph = graph
+        self._shared: dict[tuple[tuple[int, ...], bytes], str] = {}  # by a constant's shape and bytes
 
     def constant(self, name: str, value: np.ndarray, data_type: int | None = None) -> str:
         """Add an initializer; ``data_type`` INT4 packs an int8 array two values a byte. Returns its name."""
@@ -37,6 +38,17 @@ class GraphEditor:
         tensor = onnx.numpy_helper.from_array(value, name)
         self.graph.initializer.append(tensor)
         return name
+
+    def shared_constant(self, name: str, value: np.ndarray) -> str:
+        """Add a float32 initializer, or return the name of one that is the same.
+
+        ONNX Runtime finds that two nodes compute the same thing where they read the same constants, not where they read
+        equal ones: linears that read one input and share its factors then transform and quantize it once.
+        """
+        key = value.shape, value.astype(np.float32).tobytes()
+        if key not in self._shared:
+            self._shared[key] = self.constant(name, value)
+        return self._shared[key]
 
     def describe_like(self, name: str, like: str, features: int) -> None:
         """Note a value's type and shape: those of ``like``, if they are noted, with another last dimension."""
@@ -153,7 +165,9 @@ def _low_bit(layer: LowBitLayer) -> Fill:
                 kind = integers if name in ("weight_q", "weight_zero") else None
                 if value.dtype == np.float16:  # a stored half; the bodies compute in float32
                     value = value.astype(np.float32)
-                held[name] = editor.constant(f"{layer.name}:{name}", value, kind)
+                named = f"{layer.name}:{name}"
+                shared = name == "inv_smooth"
+                held[name] = editor.shared_constant(named, value) if shared else editor.constant(named, value, kind)
         before: list[onnx.NodeProto] = []
         if Variant.of(layer).frame_gain:
             held["tokens_per_frame"], before = tokens_per_frame(layer, node.input[0], editor)

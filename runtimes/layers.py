@@ -46,15 +46,20 @@ class LayerModels:
         call = self._calls.get(name)
         if call is None:
             raise QvditError(f"layer {name}", "a layer of this model", "export the model again")
-        outputs = ["y", "x_q", "acc"]
+        function = self._functions[call.domain, call.op_type, call.overload]
+        from_zero = any("x_from_zero" in node.output for node in function.node)
+        outputs = ["y", "acc", *(["x_from_zero", "z_float"] if from_zero else ["x_q"])]
         symmetric = onnx.helper.get_node_attr_value(call, "act_symmetric")
         feed = {"x": x}
         model = self._cut_call(call, outputs)
         if any(value.name == "tokens_per_frame" for value in model.graph.input):
             feed["tokens_per_frame"] = np.array([tokens_per_frame], np.int64)
-        y, x_q, acc = self._run(model, outputs, feed)
-        taken = (OFFSET if x_q.dtype == np.int8 else 0) - (OFFSET if symmetric else 0)
-        return LayerOutputs(x_q.astype(np.int32) + taken, acc.astype(np.int64), y)
+        y, acc, x_q, *zero = self._run(model, outputs, feed)
+        added = (OFFSET if x_q.dtype == np.int8 else 0) - (OFFSET if symmetric or from_zero else 0)
+        integers = x_q.astype(np.int32) + added
+        if from_zero:  # x_q - z_x
+            integers += zero[0].astype(np.int32)
+        return LayerOutputs(integers, acc.astype(np.int64), y)
 
     def _run(self, model: onnx.ModelProto, outputs: list[str], feed: dict[str, np.ndarray]) -> list[np.ndarray]:
         return session(model.SerializeToString(), self._threads, self._device).run(outputs, feed)

@@ -1,11 +1,12 @@
 """``LowBitLinear``'s integer body in int8 x int8, for ONNX Runtime's CUDA provider, whose MatMulInteger takes no uint8.
 
 A bundle holds the body in uint8 x int8, several times as fast on x86. It is rewritten when the model is loaded: the
-same file, the same weights, and ``x_q``, ``x_zeros`` and ``acc`` under the names they have. Everything unsigned becomes
-itself less 128, which no product notices: x_q - z_x stays what it is.
+same file, the same weights, and ``x_q`` or ``x_from_zero``, and ``acc``, under the names they have. Everything unsigned
+becomes itself less 128, which no product notices: x_q - z_x stays what it is.
 
-Frame gains are multiplied over whole frames. Looked up for every row, as the exported body does, ONNX Runtime would
-work them out on the CPU, because they come of a shape, and copy them to the GPU in every layer.
+What comes of a shape ONNX Runtime would work out on the CPU and copy to the GPU in every layer. So frame gains are
+multiplied over whole frames, not looked up for every row; the column of zeros by which the exported body finds NaN, and
+the one that makes its scales products, which are for the CPU's kernels, are left out.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ class _Signed:
 
     def __init__(self) -> None:
         self._bytes: set[str] = set()  # names of what was a uint8 constant
+        self._rows: set[str] = set()  # names of what was cast to uint8
+        self._offsets: set[str] = set()  # names of what is 128.0 throughout
         self._zeros: set[str] = set()  # names of what is 0 throughout
         self._gains: set[str] = set()  # names of each row's frame gain
 
@@ -58,6 +61,8 @@ class _Signed:
             yield from [node] if change is None else change(node)
 
     def _constant(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
+        if any(a.name == "value_float" and a.f == OFFSET for a in node.attribute):
+            self._offsets.add(node.output[0])
         value = next((a.t for a in node.attribute if a.name == "value"), None)
         if value is None or value.data_type != TensorProto.UINT8:
             return [node]
@@ -70,9 +75,17 @@ class _Signed:
         ]
 
     def _expand(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
-        if node.input[0] in self._zeros:
-            self._zeros.add(node.output[0])
+        for known in (self._zeros, self._offsets):
+            if node.input[0] in known:
+                known.add(node.output[0])
         return [node]
+
+    def _matmul(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
+        if node.input[1] != "zero_column":
+            return [node]
+        (out,) = node.output
+        nothing = onnx.helper.make_node("Mul", [node.input[0], "zero"], [f"{out}_nothing"])
+        return [nothing, onnx.helper.make_node("ReduceSum", [f"{out}_nothing", "last_axis"], [out], keepdims=1)]
 
     def _gather(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
         if node.input[0] == "frame_gain":
@@ -87,6 +100,8 @@ class _Signed:
     def _mul(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
         """A factor [M, R] times its rows' gains, as [M / (T · P), T, P · R]: row m is of frame (m // P) mod T."""
         factor, gain = node.input
+        if factor == "unit":
+            return [onnx.helper.make_node("Identity", [gain], node.output)]
         if gain not in self._gains:
             return [node]
         (out,) = node.output
@@ -108,6 +123,9 @@ class _Signed:
         if onnx.helper.get_node_attr_value(node, "to") != TensorProto.UINT8:
             return [node]
         (out,) = node.output
+        self._rows.add(out)
+        if node.input[0] in self._offsets:
+            self._zeros.add(out)
         make = onnx.helper.make_node
         return [
             make("Constant", [], [f"{out}_offset"], value_float=float(OFFSET)),
@@ -116,9 +134,14 @@ class _Signed:
         ]
 
     def _min(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:
+        """The CUDA provider has no Min of int8: one bound is Clip's, one for every row is compared in int32."""
+        make, (out,) = onnx.helper.make_node, node.output
+        if node.input[1] in self._rows:
+            wide = [make("Cast", [name], [f"{out}_{i}"], to=TensorProto.INT32) for i, name in enumerate(node.input)]
+            least = make("Min", [f"{out}_0", f"{out}_1"], [f"{out}_least"])
+            return [*wide, least, make("Cast", [f"{out}_least"], [out], to=TensorProto.INT8)]
         if node.input[1] not in self._bytes:
             return [node]
-        # The CUDA provider has no Min of int8.
         return [onnx.helper.make_node("Clip", [node.input[0], "", node.input[1]], node.output)]
 
     def _quantizelinear(self, node: onnx.NodeProto) -> list[onnx.NodeProto]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import argparse
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qvdit.contract import QvditError
-from qvdit.contract.bundle import ORT_MODEL
+from qvdit.contract.bundle import ORT_MODEL, verify
+from qvdit.contract.errors import in_one_line
 from qvdit.contract.parity import (
+    ERROR_RATIOS,
     LayerParity,
     LayerReference,
     ModelParity,
@@ -16,6 +20,7 @@ from qvdit.contract.parity import (
     compare_models,
     load_reference,
 )
+from qvdit.runtimes import check_device
 from qvdit.runtimes.onnxruntime import OnnxRuntimeSession
 
 if TYPE_CHECKING:
@@ -44,3 +49,31 @@ def check_bundle(
     with OnnxRuntimeSession(bundle / ORT_MODEL, threads, device) as session:
         output = session.infer(saved.inputs)
     return layers, compare_models(output, saved.quantized, saved.full)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Check the bundle of a command line, tell what was found, and return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m qvdit.runtimes.parity", description="Check a bundle against the reference run it carries."
+    )
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    given = parser.parse_args(arguments)
+    try:
+        check_device(given.device)
+        verify(given.bundle)
+        layers, model = check_bundle(given.bundle, given.threads, given.device)
+    except QvditError as error:
+        print(in_one_line(error), file=sys.stderr)
+        return 2
+    wrong = [layer.name for layer in layers if layer.xq_mismatches or layer.acc_mismatches]
+    low, high = ERROR_RATIOS
+    near = low <= model.error_ratio <= high
+    print(f"{len(layers)} layers, {len(wrong)} with integers that differ{': ' if wrong else ''}{', '.join(wrong)}")
+    print(f"error against full precision {model.error_ratio:.3f} of the reference's{'' if near else ': not proven'}")
+    return 1 if wrong or not near else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -21,6 +21,7 @@ import qvdit.runtimes
 from qvdit.contract import QvditError
 from qvdit.contract.bundle import ORT_MODEL, PARITY_INPUTS, PARITY_REFERENCE, verify
 from qvdit.contract.parity import relative_error
+from qvdit.runtimes import parity
 from qvdit.runtimes.onnxruntime import OnnxRuntimeSession
 from qvdit.runtimes.transformer import RuntimeTransformer
 
@@ -452,3 +453,15 @@ def test_a_tensor_comes_back_to_the_gpu_it_came_from(bundle: Path) -> None:
     transformer = RuntimeTransformer(Session(), verify(bundle), "cuda:1")
     (found,) = transformer(video, torch.tensor(3.0), torch.zeros(2, 1, 8), return_dict=False)
     assert (found.device, found.dtype) == (video.device, video.dtype)
+
+
+def test_parity_as_a_program(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """For a machine without the command line's packages."""
+    assert parity.main([str(bundle), "--threads", "1"]) == 0
+    told = capsys.readouterr().out
+    assert "20 layers, 0 with integers that differ" in told
+    assert "of the reference's" in told
+    assert parity.main([str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: got ")
+    assert error.count("\n") == 1

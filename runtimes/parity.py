@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,8 +51,29 @@ def check_bundle(
     return layers, compare_models(output, saved.quantized, saved.full)
 
 
+def tell(bundle: Path, threads: int | None, device: str, say: Callable[[str], None] = print) -> bool:
+    """:func:`check_bundle` of a bundle whose files are checked first, told line by line; whether it is proven."""
+    check_device(device)
+    verify(bundle)
+    layers, model = check_bundle(bundle, threads, device)
+    wrong = [layer for layer in layers if layer.xq_mismatches or layer.acc_mismatches]
+    for layer in wrong:
+        differ = f"{layer.xq_mismatches} x_q and {layer.acc_mismatches} acc differ"
+        say(f"{layer.name}: {differ}, relative error {layer.rel_err:.1e}")
+    say(f"layers: {len(layers)} compared, {len(wrong)} with integers that differ")
+    say(
+        f"model: relative error {model.rel_err:.2e} to PyTorch's quantized model, cosine {model.cosine:.6f}, "
+        f"error against full precision {model.error_ratio:.3f} of the reference's"
+    )
+    low, high = ERROR_RATIOS
+    near = low <= model.error_ratio <= high
+    if not near:
+        say(f"not proven: that is not within {low} and {high}")
+    return near and not wrong
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Check the bundle of a command line, tell what was found, and return the exit status."""
+    """Check the bundle of a command line, and return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m qvdit.runtimes.parity", description="Check a bundle against the reference run it carries."
     )
@@ -61,18 +82,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     given = parser.parse_args(arguments)
     try:
-        check_device(given.device)
-        verify(given.bundle)
-        layers, model = check_bundle(given.bundle, given.threads, given.device)
-    except QvditError as error:
+        return 0 if tell(given.bundle, given.threads, given.device) else 1
+    except (QvditError, OSError) as error:
         print(in_one_line(error), file=sys.stderr)
         return 2
-    wrong = [layer.name for layer in layers if layer.xq_mismatches or layer.acc_mismatches]
-    low, high = ERROR_RATIOS
-    near = low <= model.error_ratio <= high
-    print(f"{len(layers)} layers, {len(wrong)} with integers that differ{': ' if wrong else ''}{', '.join(wrong)}")
-    print(f"error against full precision {model.error_ratio:.3f} of the reference's{'' if near else ': not proven'}")
-    return 1 if wrong or not near else 0
 
 
 if __name__ == "__main__":

@@ -459,7 +459,7 @@ def test_parity_as_a_program(bundle: Path, tmp_path: Path, capsys: pytest.Captur
     """For a machine without the command line's packages."""
     assert parity.main([str(bundle), "--threads", "1"]) == 0
     told = capsys.readouterr().out
-    assert "20 layers, 0 with integers that differ" in told
+    assert "layers: 20 compared, 0 with integers that differ" in told
     assert "of the reference's" in told
     assert parity.main([str(tmp_path)]) == 2
     error = capsys.readouterr().err

@@ -4,9 +4,9 @@ PyTorch's exporter scales queries and keys by the root of the scale each, flatte
 computes shapes and scale in nodes of their own. TensorRT fuses attention where queries alone are scaled and nothing
 else lies between the products and the softmax; ONNX Runtime has less to run.
 
-Models of static Q/DQ are left as PyTorch translates them: what TensorRT 8.6 fuses between INT8 layers is wrong. On an
-H200 an engine of wan-shapes was off by 17 times what FP16 costs, one held NaN, others of the same file were right, as
-its timings chose; with every value an output, and so unfused, all values are right.
+For TensorRT, models of static Q/DQ are left as PyTorch translates them: what 8.6 fuses between INT8 layers is wrong.
+On an H200 an engine of wan-shapes was off by 17 times what FP16 costs, one held NaN, others of the same file were
+right, as its timings chose; with every value an output, and so unfused, all values are right.
 """
 
 from __future__ import annotations

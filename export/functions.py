@@ -76,6 +76,11 @@ class Variant:
         )
 
     @property
+    def from_zero(self) -> bool:
+        """Whether x_q - z_x fits into 8 bits, and one product sums it: it then needs no zero point for each row."""
+        return not self.act_symmetric and self.act_bits < 8 and not self.group
+
+    @property
     def overload(self) -> str:
         """The function overload's name, for example ``a8_symmetric_bias_tqe``."""
         parts = [f"a{self.act_bits}", "symmetric" if self.act_symmetric else "asymmetric"]
@@ -200,7 +205,7 @@ def _quantize_symmetric(body: Body) -> list[str]:
 def _quantize_asymmetric(variant: Variant, body: Body) -> list[str]:
     """x_q [M, K] and x_zeros [M], unsigned."""
     zero = ["below = Neg (low)", "z_ratio = Div (below, s_x)", "z_float = Round (z_ratio)"]
-    if _is_from_zero(variant, body):
+    if body == "integer" and variant.from_zero:
         return [*zero, *_quantize_from_zero(variant)]
     lines = [
         *zero,
@@ -226,11 +231,6 @@ def _quantize_asymmetric(variant: Variant, body: Body) -> list[str]:
         "one_or_nan = Add (poison, one)",
         "x_dq = Mul (x_clean, one_or_nan)",
     ]
-
-
-def _is_from_zero(variant: Variant, body: Body) -> bool:
-    """Whether x_q - z_x fits into 8 bits, which then are what is multiplied: no product needs a zero point per row."""
-    return body == "integer" and not variant.act_symmetric and variant.act_bits < 8 and not variant.group
 
 
 def _quantize_from_zero(variant: Variant) -> list[str]:
@@ -321,8 +321,8 @@ def _product_integer(variant: Variant) -> list[str]:
     if variant.weight_zero:
         lines += ["weight_zero_int8 = Cast <to = 3> (weight_zero)"]
     zero = "weight_zero_int8" if variant.weight_zero else ""
-    if variant.act_symmetric or _is_from_zero(variant, "integer"):
-        multiplied = "x_q" if variant.act_symmetric else "x_from_zero"
+    if variant.act_symmetric or variant.from_zero:
+        multiplied = "x_from_zero" if variant.from_zero else "x_q"
         lines += [f"acc = MatMulInteger ({multiplied}, weight_kn, x_zero{', ' + zero if zero else ''})"]
     else:
         # ONNX Runtime takes no zero point per row of A: its part is a rank-1 term, exact in int32.

@@ -45,7 +45,7 @@ class GraphEditor:
         ONNX Runtime finds that two nodes compute the same thing where they read the same constants, not where they read
         equal ones: linears that read one input and share its factors then transform and quantize it once.
         """
-        key = value.shape, value.astype(np.float32).tobytes()
+        key = value.shape, value.tobytes()
         if key not in self._shared:
             self._shared[key] = self.constant(name, value)
         return self._shared[key]
@@ -166,8 +166,10 @@ def _low_bit(layer: LowBitLayer) -> Fill:
                 if value.dtype == np.float16:  # a stored half; the bodies compute in float32
                     value = value.astype(np.float32)
                 named = f"{layer.name}:{name}"
-                shared = name == "inv_smooth"
-                held[name] = editor.shared_constant(named, value) if shared else editor.constant(named, value, kind)
+                if name == "inv_smooth":
+                    held[name] = editor.shared_constant(named, value)
+                else:
+                    held[name] = editor.constant(named, value, kind)
         before: list[onnx.NodeProto] = []
         if Variant.of(layer).frame_gain:
             held["tokens_per_frame"], before = tokens_per_frame(layer, node.input[0], editor)

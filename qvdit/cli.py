@@ -622,23 +622,23 @@ def _guarded(command: Callable[[], Any]) -> None:
     _quiet()
     try:
         command()
-    except (QvditError, OSError) as error:
-        if isinstance(error, OSError) and os.environ.get("QVDIT_DEBUG"):
+    except (QvditError, OSError, RuntimeError) as error:
+        told = _without_room(error) if isinstance(error, RuntimeError) else error
+        if told is None or (not isinstance(error, QvditError) and os.environ.get("QVDIT_DEBUG")):
             raise
-        errors.print(in_one_line(error), style="red", soft_wrap=True, highlight=False, markup=False)
+        errors.print(in_one_line(told), style="red", soft_wrap=True, highlight=False, markup=False)
         sys.exit(2)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError" or os.environ.get(
-            "QVDIT_DEBUG"
-        ):  # PyTorch's, which may be absent
-            raise
-        full = QvditError(
-            f"a GPU without room ({str(error).splitlines()[0]})",
-            "enough free memory on it",
-            "end other programs on the GPU, or choose a smaller model or batch",
-        )
-        errors.print(in_one_line(full), style="red", soft_wrap=True, highlight=False, markup=False)
-        sys.exit(2)
+
+
+def _without_room(error: RuntimeError) -> QvditError | None:
+    """PyTorch's report of a full GPU, for the user to read; None for any other error."""
+    if type(error).__name__ != "OutOfMemoryError":  # by name: PyTorch may not be there
+        return None
+    return QvditError(
+        f"a GPU without room ({str(error).splitlines()[0]})",
+        "enough free memory on it",
+        "end other programs on the GPU, or choose a smaller model or batch",
+    )
 
 
 @app.callback(invoke_without_command=True)

@@ -60,7 +60,8 @@ def tell(bundle: Path, threads: int | None, device: str, say: Callable[[str], No
     for layer in wrong:
         differ = f"{layer.xq_mismatches} x_q and {layer.acc_mismatches} acc differ"
         say(f"{layer.name}: {differ}, relative error {layer.rel_err:.1e}")
-    say(f"layers: {len(layers)} compared, {len(wrong)} with integers that differ")
+    integers = sum(layer.xq_compared + layer.acc_compared for layer in layers)
+    say(f"layers: {len(layers)} compared, {len(wrong)} with integers that differ, {integers:,} integers in all")
     say(
         f"model: relative error {model.rel_err:.2e} to PyTorch's quantized model, cosine {model.cosine:.6f}, "
         f"error against full precision {model.error_ratio:.3f} of the reference's"

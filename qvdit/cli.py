@@ -424,6 +424,9 @@ def compare(
     cells: Annotated[
         Path | None, typer.Option(help="Folder of finished cells, to be read and added to (default: OUT/cells).")
     ] = None,
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="Sample in PyTorch's simulation even where the CUDA kernels are built.")
+    ] = False,
     render: Annotated[
         bool, typer.Option("--render", help="Measure nothing: write the table and pictures of the finished cells.")
     ] = False,
@@ -442,6 +445,7 @@ def compare(
     qvdit compare --minutes 25 --out out/table
 
     Every cell is saved as it is done, and the same command goes on with those that are missing, the most telling first.
+    Videos are sampled with the CUDA kernels where they are built (see qvdit doctor), several times faster.
     One process leaves a GPU idle most of the time: --processes 7 keeps one busy, 14 keep two. Commands started several
     times share the work, too. Cells are small files: copy OUT/cells of several machines into one folder, and
 
@@ -468,6 +472,7 @@ def compare(
         distillation_batch=distill_batch,
         learning_rates=learning_rates,
         batch=batch,
+        simulate=simulate,
     )
     places, command = job.Places(out, cells), shlex.join(["qvdit", *sys.argv[1:]])
     with _going_on(), display.bars(errors) as watch:

@@ -47,9 +47,18 @@ class Quantized:
 class Bench:
     """A model with everything that its cells share."""
 
-    def __init__(self, model: SourceModel, terms: Terms, device: str, batch: int, folder: Path, stage: Stage):
+    def __init__(
+        self,
+        model: SourceModel,
+        terms: Terms,
+        device: str,
+        batch: int,
+        folder: Path,
+        stage: Stage,
+        simulate: bool = False,  # the kernels' layers, too
+    ):
         self.model, self.terms, self.device, self.batch = model, terms, device, batch
-        self.folder, self.stage = folder, stage
+        self.folder, self.stage, self.simulate = folder, stage, simulate
         self.together = min(_TOGETHER[device], batch)  # prompts of calibration, and held-out ones, in a pass
 
     @cached_property
@@ -138,7 +147,7 @@ class Bench:
     @torch.no_grad()
     def held_out_error(self, layers: tuple[Layer, ...]) -> float:
         """Mean squared error of the quantized model's prediction to full precision's, on held-out records."""
-        model = sampling.quantized_transformer(self.full, layers, self.model.adapter, compiled=False)
+        model = self._quantized(layers, compiled=False)
         together, shards = self.together, self.held_out.shards
         total = 0.0
         for start in range(0, len(shards), together):
@@ -152,6 +161,14 @@ class Bench:
                 errors.append((found - target).square().mean())
             total += len(some) * torch.stack(errors).mean().item()
         return total / len(shards)
+
+    def computed_by(self, layers: tuple[Layer, ...]) -> str:
+        """What computes the layers when they are sampled or judged: see :func:`sampling.computed_by`."""
+        return sampling.SIMULATION if self.simulate else sampling.computed_by(layers, self.device)
+
+    def _quantized(self, layers: tuple[Layer, ...], compiled: bool = True) -> Any:
+        adapter, computed = self.model.adapter, self.computed_by(layers)
+        return sampling.quantized_transformer(self.full, layers, adapter, computed, compiled)
 
     def sample(self, layers: tuple[Layer, ...]) -> torch.Tensor:
         """The quantized model's videos of the trial, as :attr:`reference`."""
@@ -192,7 +209,7 @@ class Bench:
     def _installed(self, layers: tuple[Layer, ...]) -> Iterator[None]:
         """The quantized transformer in the pipeline's, for a while."""
         full = self.full
-        self.pipeline.transformer = sampling.quantized_transformer(full, layers, self.model.adapter)
+        self.pipeline.transformer = self._quantized(layers)
         try:
             yield
         finally:

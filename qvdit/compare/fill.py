@@ -204,6 +204,7 @@ class Filling:
         return {
             **self._record(task, values, WeightSize.of(quantized.layers), seconds),
             **_cost(quantized),
+            "layers": bench.computed_by(quantized.layers),
             "distillation_steps": 0 if rate is None else self.terms.training.steps,
             "distillation_batch": None if rate is None else self.terms.training.batch,
             "learning_rate": rate,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from qvdit.compare import results
+from qvdit.compare import results, sampling
 from qvdit.compare.bench import Bench
 from qvdit.compare.fill import Filling, Outcome, Watch
 from qvdit.compare.plan import Task, Terms
@@ -56,6 +56,8 @@ def fill(
     terms, tasks, device = settings.terms, settings.tasks(), settings.chosen_device
     for name in recipes_with_layer_bits(settings.chosen_recipes):
         watch.say(f"{name}: its own layer bits are not used, the regime says what every layer has")
+    if device == "cuda" and not settings.simulate and (missing := sampling.kernels_missing()):
+        watch.say(f"videos are sampled in PyTorch's simulation, several times slower: {missing}")
     benches: dict[str, Bench] = {}
 
     def bench(model: SourceModel) -> Bench:
@@ -63,7 +65,9 @@ def fill(
             data = [model.sampling, dataclasses.asdict(terms.calibration), terms.held_out]
             digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
             folder = places.work / f"{model.name}-{digest}"
-            benches[model.name] = Bench(model, terms, device, settings.sampling_batch, folder, watch.stage)
+            benches[model.name] = Bench(
+                model, terms, device, settings.sampling_batch, folder, watch.stage, settings.simulate
+            )
         return benches[model.name]
 
     store = Store(places.store, watch.say)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 
+from qvdit.contract import QvditError
+from qvdit.contract.kernels import unserved
 from qvdit.contract.layer import Layer
 from qvdit.method import reference
 from qvdit.method.acceleration import compile_blocks, fast_arithmetic
@@ -16,22 +20,57 @@ from qvdit.method.lowbit import FrozenLinear, replace_linears
 from qvdit.models import ModelAdapter
 from qvdit.quality import Trial, sample_trial
 
+SIMULATION, KERNELS = "simulation", "kernels"
+"""What computes quantized layers: PyTorch by the operator's definition, or the CUDA kernels; the integers are equal."""
+
+
+def computed_by(layers: tuple[Layer, ...], device: str) -> str:
+    """What computes a model's layers on a device: the kernels where they are built and serve them all."""
+    served = device == "cuda" and all(unserved(layer) is None for layer in layers) and kernels_missing() is None
+    return KERNELS if served else SIMULATION
+
+
+@functools.cache
+def kernels_missing() -> str | None:
+    """Why the kernels cannot be used on this process's GPU, or None."""
+    from qvdit.runtimes import cuda
+
+    try:
+        cuda.library().check_device()
+    except QvditError as error:
+        return str(error)
+    return None
+
 
 def quantized_transformer(
-    full: torch.nn.Module, layers: tuple[Layer, ...], adapter: ModelAdapter, compiled: bool = True
+    full: torch.nn.Module,
+    layers: tuple[Layer, ...],
+    adapter: ModelAdapter,
+    computed: str = SIMULATION,
+    compiled: bool = True,
 ) -> Any:
     """A transformer with frozen layers to sample with; the full-precision one is left as it is.
 
     Every quantized transformer of a comparison comes from here. Under :func:`arithmetic` it yields the reference's
-    integers: they are exact in TF32, whose products have more bits than any two of them. A few passes are not worth
-    compiling.
+    integers, whatever computes them: they are exact in TF32, whose products have more bits than any two of them. The
+    simulation is compiled, unless there are but a few passes; what is left to PyTorch between kernels is not worth it.
     """
+    if computed == KERNELS:
+        return _on_kernels(full, layers, adapter)
     model = reference.quantized_transformer(full, layers)
     frozen = {name: module for name, module in model.named_modules() if isinstance(module, FrozenLinear)}
     replace_linears(model, {name: _WithoutAutocast(module) for name, module in frozen.items()})
     if compiled:
         compile_blocks(model, adapter)
     return model
+
+
+def _on_kernels(full: torch.nn.Module, layers: tuple[Layer, ...], adapter: ModelAdapter) -> Any:
+    from qvdit.runtimes import torch_transformer
+
+    model = copy.deepcopy(full)
+    torch_transformer.install(model, layers, adapter, next(full.parameters()).device, fuse=True)
+    return model.eval()
 
 
 class _WithoutAutocast(torch.nn.Module):

@@ -42,6 +42,7 @@ class CompareSettings:
     distillation_batch: int = 32
     learning_rates: str = "2e-4,5e-4,1e-3"
     batch: int | None = None
+    simulate: bool = False
 
     @cached_property
     def chosen_device(self) -> str:

@@ -11,10 +11,12 @@ import pytest
 import torch
 
 import qvdit.runtimes
+from qvdit.compare import sampling
 from qvdit.contract import checkpoint
 from qvdit.contract.bundle import read_manifest
 from qvdit.contract.parity import relative_error
 from qvdit.method.reference import quantized_transformer
+from qvdit.models import ADAPTERS
 from qvdit.runtimes.torch_linear import KernelLinear
 from qvdit.runtimes.torch_transformer import load_transformer
 
@@ -143,6 +145,22 @@ def test_compiled_with_cuda_graphs(family, bundle_of, wide_models, wide_inputs):
     for _ in range(3):
         found = run(compiled, inputs)
     assert relative_error(found, expected) < 0.5 * relative_error(expected, full)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_comparison_samples_what_it_simulates(family, bundle_of, wide_models, wide_inputs):
+    """Float32 transformers, bf16 around their layers: the kernels stray from the simulation far less than it errs."""
+    layers, inputs = checkpoint.load(bundle_of(family, 3, 6) / "quantized").layers, on_gpu(wide_inputs[family])
+    full = copy.deepcopy(wide_models[family]).cuda()
+    adapter = next(a for a in ADAPTERS if a.family == family)
+    assert sampling.computed_by(layers, "cuda") == sampling.KERNELS
+    with sampling.arithmetic("cuda"):
+        whole = run(full, inputs)
+        simulated, found = (
+            run(sampling.quantized_transformer(full, layers, adapter, computed, compiled=False), inputs)
+            for computed in (sampling.SIMULATION, sampling.KERNELS)
+        )
+    assert 0 < relative_error(found, simulated) < 0.2 * relative_error(simulated, whole)
 
 
 # Pipelines ------------------------------------------------------------------------------------------------------------

@@ -94,6 +94,9 @@ class FakeBench:
         assert self.rate is not None
         return abs(self.rate - self.best)
 
+    def computed_by(self, _: Sequence[Any]) -> str:
+        return sampling.SIMULATION
+
     def sample(self, _: Sequence[Any]) -> torch.Tensor:
         videos = self.reference
         return videos + 0.05 * torch.randn(videos.shape, generator=torch.Generator().manual_seed(3))
@@ -527,6 +530,42 @@ def test_quantized_layers_run_without_autocast(tiny_wan: Any, rtn_layers: Any):
         assert not torch.equal(wrapped.layer(x), expected)  # what would happen without
         low = wrapped(x.bfloat16())
     assert low.dtype == torch.bfloat16
+    assert isinstance(tiny_wan.get_submodule(layers[0].name), torch.nn.Linear)
+
+
+@pytest.fixture
+def kernels_found(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], None]:
+    """``kernels_found(reason)``: why there are none, or None where there are."""
+
+    def answer(missing: str | None) -> None:
+        monkeypatch.setattr(sampling, "kernels_missing", lambda: missing)
+
+    return answer
+
+
+def test_the_kernels_sample_what_they_serve(kernels_found: Callable[[str | None], None]):
+    kernels_found(None)
+    grouped = dataclasses.replace(layer(), weight_scale=torch.full((8, 2), 0.1).numpy())
+    assert sampling.computed_by((layer(), layer()), "cuda") == sampling.KERNELS
+    assert sampling.computed_by((layer(), grouped), "cuda") == sampling.SIMULATION
+    assert sampling.computed_by((layer(),), "cpu") == sampling.SIMULATION
+    kernels_found("not built")
+    assert sampling.computed_by((layer(),), "cuda") == sampling.SIMULATION
+
+
+def test_a_bench_can_be_told_to_simulate(kernels_found: Callable[[str | None], None], tmp_path: Path):
+    kernels_found(None)
+    benches = [Bench(model(), terms(), "cuda", 2, tmp_path, lambda *_: None, simulate) for simulate in (False, True)]
+    assert [bench.computed_by((layer(),)) for bench in benches] == [sampling.KERNELS, sampling.SIMULATION]
+
+
+def test_a_model_on_kernels_is_a_copy(tiny_wan: Any, rtn_layers: Any):
+    from qvdit.runtimes.torch_linear import KernelLinear
+
+    layers = rtn_layers(tiny_wan, world.FRAMES, bits=4)
+    found = sampling.quantized_transformer(tiny_wan, layers, WanAdapter(), sampling.KERNELS)
+    names = {name for module in found.modules() if isinstance(module, KernelLinear) for name in module.names}
+    assert names == {one.name for one in layers}
     assert isinstance(tiny_wan.get_submodule(layers[0].name), torch.nn.Linear)
 
 

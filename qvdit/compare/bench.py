@@ -147,7 +147,7 @@ class Bench:
     @torch.no_grad()
     def held_out_error(self, layers: tuple[Layer, ...]) -> float:
         """Mean squared error of the quantized model's prediction to full precision's, on held-out records."""
-        model = self._quantized(layers, compiled=False)
+        model = self.quantized_transformer(layers, compiled=False)
         together, shards = self.together, self.held_out.shards
         total = 0.0
         for start in range(0, len(shards), together):
@@ -166,7 +166,8 @@ class Bench:
         """What computes the layers when they are sampled or judged: see :func:`sampling.computed_by`."""
         return sampling.SIMULATION if self.simulate else sampling.computed_by(layers, self.device)
 
-    def _quantized(self, layers: tuple[Layer, ...], compiled: bool = True) -> Any:
+    def quantized_transformer(self, layers: tuple[Layer, ...], compiled: bool = True) -> Any:
+        """The model with frozen layers, to be run under :func:`sampling.arithmetic`."""
         adapter, computed = self.model.adapter, self.computed_by(layers)
         return sampling.quantized_transformer(self.full, layers, adapter, computed, compiled)
 
@@ -209,7 +210,7 @@ class Bench:
     def _installed(self, layers: tuple[Layer, ...]) -> Iterator[None]:
         """The quantized transformer in the pipeline's, for a while."""
         full = self.full
-        self.pipeline.transformer = self._quantized(layers)
+        self.pipeline.transformer = self.quantized_transformer(layers)
         try:
             yield
         finally:

@@ -60,7 +60,7 @@ def variants() -> dict[str, Recipe]:
 
 def errors(bench: Bench, layers: tuple[Layer, ...]) -> dict[str, list[float]]:
     """Mean squared error of the velocity on held-out records by recorded step, as it is and guided."""
-    model = sampling.quantized_transformer(bench.full, layers, bench.model.adapter)
+    model = bench.quantized_transformer(layers)
     guidance = bench.terms.calibration.guidance
     found: dict[int, list[tuple[float, float]]] = {}
     for step, batch in bench.held_out.by_step():

@@ -26,6 +26,8 @@ from qvdit.export.graph import Fill, FullWeights, GraphEditor, fill, is_layer, p
 from qvdit.export.headwise_attention import ATTENTION, PLUGIN_VERSION, attention_written_out, pack
 from qvdit.export.opset import TENSORRT_OPSET
 from qvdit.export.prologue import Reading, written_out
+from qvdit.export.residual import RESIDUAL, residual_written_out
+from qvdit.export.values import Values
 
 ROWS = (FrameRows.NONE, FrameRows.SEQUENCE, FrameRows.SPATIAL, FrameRows.TEMPORAL)  # attribute rows: the index
 Y_TYPES = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)  # attribute y_type: the index
@@ -167,17 +169,21 @@ def with_placeholders(model: onnx.ModelProto) -> tuple[onnx.ModelProto, tuple[Lo
     """The inverse of :func:`plugin_model`: placeholders again, and the layers that the nodes' constants hold.
 
     A merged node becomes its layers and a Concat, and a prologue is written out before them, so that any body of
-    ``LowBitLinear`` can stand in for the plugin. So is attention, in float32.
+    ``LowBitLinear`` can stand in for the plugin. So are attention, in float32, and residual sums.
     """
     result = onnx.ModelProto()
     result.CopyFrom(model)
-    constants = {tensor.name: tensor for tensor in result.graph.initializer}
-    types = {value.name: value.type.tensor_type.elem_type for value in result.graph.value_info}
+    values = Values(result.graph)
+    constants = values.constants
     nodes: list[onnx.NodeProto] = []
     layers: list[LowBitLayer] = []
     for node in result.graph.node:
         if node.domain == DOMAIN and node.op_type == ATTENTION:
-            nodes += attention_written_out(node, types[node.output[0]], result.graph)
+            nodes += attention_written_out(node, values.type(node.output[0]), result.graph)
+            continue
+        if node.domain == DOMAIN and node.op_type == RESIDUAL:
+            _, rows, features = values.shape(node.input[1]) or (0, 0, 0)
+            nodes += residual_written_out(node, rows, features, result.graph)
             continue
         if not is_layer(node):
             nodes.append(node)

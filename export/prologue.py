@@ -152,7 +152,7 @@ def _modulation(norm: onnx.NodeProto, values: Values) -> tuple[str, str, str] | 
     product = values.only_reader(between, "Mul")
     if product is None:
         return None
-    factor = _other(product, between)
+    factor = values.beside(product, between)
     plus_one = values.writer.get(factor)
     if plus_one is None or plus_one.op_type != "Add":
         return None
@@ -160,9 +160,9 @@ def _modulation(norm: onnx.NodeProto, values: Values) -> tuple[str, str, str] | 
     total = values.only_reader(product.output[0], "Add")
     if total is None or len(scales) != 1:
         return None
-    shift = _other(total, product.output[0])
+    shift = values.beside(total, product.output[0])
     (scale,), features = scales, shape[2] or int(np.prod(values.constants[weight].dims))
-    groups = [_groups(name, features, values) for name in (scale, shift)]
+    groups = [values.groups(name, features) for name in (scale, shift)]
     floats = (x, between, factor, scale, shift, product.output[0], total.output[0])
     if None in groups or groups[0] != groups[1] or any(values.type(name) != TensorProto.FLOAT for name in floats):
         return None
@@ -171,20 +171,8 @@ def _modulation(norm: onnx.NodeProto, values: Values) -> tuple[str, str, str] | 
     return (total.output[0], scale, shift) if fits else None
 
 
-def _other(node: onnx.NodeProto, name: str) -> str:
-    """What a node of two inputs reads beside a value that it reads once."""
-    (other,) = (read for read in node.input if read != name)
-    return other
-
-
 def _is_one(name: str, values: Values) -> bool:
     return values.is_constant(name, 1.0) and int(np.prod(values.constants[name].dims)) == 1
-
-
-def _groups(name: str, features: int, values: Values) -> int | None:
-    """G of a value [G, 1, K], 0 where it is not known; None if it has another shape."""
-    shape = values.shape(name)
-    return shape[0] if shape is not None and len(shape) == 3 and shape[1:] == [1, features] else None
 
 
 _FUSED = {"Gelu": _fuse_gelu, "LayerNormalization": _fuse_layer_norm}

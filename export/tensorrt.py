@@ -35,6 +35,7 @@ from qvdit.export.opset import TENSORRT_OPSET, lowered
 from qvdit.export.plugin import plugin_model
 from qvdit.export.precision import LowType, strongly_typed
 from qvdit.export.prologue import with_prologues
+from qvdit.export.residual import with_residuals
 from qvdit.export.weight_only import WEIGHT_ONLY_OPSET, weight_only_model
 
 
@@ -102,6 +103,7 @@ def tensorrt_model(
     low_bit = [layer.name for layer in model.layers if isinstance(layer, LowBitLayer)]
     typed = with_prologues(typed, low_bit)
     typed = with_attention(typed, model.largest) if own_attention else typed
+    typed = with_residuals(typed)
     return plugin_model(lowered(typed), model.layers, kept, merge)
 
 

@@ -36,6 +36,21 @@ class Values:
         held = self.constants.get(name)
         return held is not None and bool((onnx.numpy_helper.to_array(held) == value).all())
 
+    def numbers(self, name: str) -> list[int] | None:
+        """A constant vector of integers, a shape; None where it is none."""
+        held = self.constants.get(name)
+        return None if held is None else onnx.numpy_helper.to_array(held).reshape(-1).tolist()
+
+    def groups(self, name: str, features: int) -> int | None:
+        """G of a value [G, 1, K] with these K features, 0 where it is not known; None if it has another shape."""
+        shape = self.shape(name)
+        return shape[0] if shape is not None and len(shape) == 3 and shape[1:] == [1, features] else None
+
+    def beside(self, node: onnx.NodeProto, name: str) -> str:
+        """What a node of two inputs reads beside a value that it reads once."""
+        (other,) = (read for read in node.input if read != name)
+        return other
+
     def before_cast(self, name: str) -> str:
         """The value that a Cast made this one of, or itself."""
         writer = self.writer.get(name)

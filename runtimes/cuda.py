@@ -14,7 +14,7 @@ from pathlib import Path
 
 from qvdit.contract import QvditError
 
-ABI = 5  # QVDIT_ABI
+ABI = 6  # QVDIT_ABI
 STORED_ZERO = 128  # asymmetric x_q and z_x are stored less this, to fit int8
 
 VARIABLE = "QVDIT_KERNELS"  # names the library's file
@@ -156,6 +156,24 @@ class AttentionArgs(ctypes.Structure):
     )
 
 
+class GatedResidualArgs(ctypes.Structure):
+    """qvdit_gated_residual_args."""
+
+    _fields_ = (
+        ("residual", _POINTER),
+        ("x", _POINTER),
+        ("m", _SIZE),
+        ("k", _SIZE),
+        ("x_dtype", _INT),
+        ("reserved", _INT),
+        ("gate", _POINTER),
+        ("rows_per_gate", _SIZE),
+        ("swapped", _SIZE),
+        ("swapped_inner", _SIZE),
+        ("y", _POINTER),
+    )
+
+
 class KernelLibrary:
     """A loaded library. Its launch functions start a kernel on a stream (a cudaStream_t as an integer) and return."""
 
@@ -176,6 +194,7 @@ class KernelLibrary:
             ("qvdit_unpack_weight", UnpackArgs),
             ("qvdit_low_bit_gemm", GemmArgs),
             ("qvdit_attention", AttentionArgs),
+            ("qvdit_gated_residual", GatedResidualArgs),
         ):
             getattr(self._library, name).argtypes = (ctypes.POINTER(arguments), ctypes.c_void_p)
 
@@ -198,6 +217,10 @@ class KernelLibrary:
     def attention(self, arguments: AttentionArgs, stream: int) -> None:
         """softmax(scale · q kᵀ) v."""
         self._check(self._library.qvdit_attention(ctypes.byref(arguments), stream))
+
+    def gated_residual(self, arguments: GatedResidualArgs, stream: int) -> None:
+        """residual + gate · x."""
+        self._check(self._library.qvdit_gated_residual(ctypes.byref(arguments), stream))
 
     def _check(self, status: int) -> None:
         if status == Status.OK:

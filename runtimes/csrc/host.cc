@@ -86,12 +86,14 @@ QVDIT_API int64_t qvdit_host_wrong_quotients(int64_t first, int64_t step) {
   return wrong;
 }
 
-// The sizes of the argument structs, which runtimes/cuda.py repeats: quantize, unpack, gemm, attention.
-QVDIT_API void qvdit_host_struct_sizes(int64_t sizes[4]) {
+// The sizes of the argument structs, which runtimes/cuda.py repeats: quantize, unpack, gemm, attention,
+// gated residual.
+QVDIT_API void qvdit_host_struct_sizes(int64_t sizes[5]) {
   sizes[0] = sizeof(qvdit_quantize_args);
   sizes[1] = sizeof(qvdit_unpack_args);
   sizes[2] = sizeof(qvdit_gemm_args);
   sizes[3] = sizeof(qvdit_attention_args);
+  sizes[4] = sizeof(qvdit_gated_residual_args);
 }
 
 }  // extern "C"

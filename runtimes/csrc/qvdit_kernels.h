@@ -20,7 +20,7 @@ extern "C" {
 #endif
 
 // Changes whenever a struct or the meaning of a field does.
-#define QVDIT_ABI 5
+#define QVDIT_ABI 6
 
 enum qvdit_status {
   QVDIT_OK = 0,
@@ -146,6 +146,24 @@ struct qvdit_attention_args {
   void* y;        // [B, L, H · D] of dtype, dense; 16-byte aligned
 };
 
+// y = residual + gate · x, each a fused multiply-add in float32: what follows a layer in a block. Without a gate
+// y = residual + x.
+//
+// swapped: rows (b, p, q) of [B, P, Q] become rows (b, q, p) of y, which is how a block's tokens are put in the order
+// of the next one that attends along the other axis.
+struct qvdit_gated_residual_args {
+  const float* residual;  // [M, K]
+  const void* x;          // [M, K] of x_dtype
+  int64_t m, k;           // M below 2^31
+  int32_t x_dtype;        // QVDIT_F16 or QVDIT_BF16
+  int32_t reserved;       // 0
+  const float* gate;      // [M / rows_per_gate, K] or null
+  int64_t rows_per_gate;  // rows that share a row of the gate
+  int64_t swapped;        // P, with Q in swapped_inner, where P · Q divides M; 0: rows stay where they are
+  int64_t swapped_inner;  // Q
+  float* y;               // [M, K]; may be residual where rows stay
+};
+
 // What went wrong in this thread's last call that did not return QVDIT_OK. Never null; valid until the next call.
 QVDIT_API const char* qvdit_last_error(void);
 
@@ -163,6 +181,7 @@ QVDIT_API int32_t qvdit_quantize_rows(const struct qvdit_quantize_args* args, vo
 QVDIT_API int32_t qvdit_unpack_weight(const struct qvdit_unpack_args* args, void* stream);
 QVDIT_API int32_t qvdit_low_bit_gemm(const struct qvdit_gemm_args* args, void* stream);
 QVDIT_API int32_t qvdit_attention(const struct qvdit_attention_args* args, void* stream);
+QVDIT_API int32_t qvdit_gated_residual(const struct qvdit_gated_residual_args* args, void* stream);
 
 #ifdef __cplusplus
 }

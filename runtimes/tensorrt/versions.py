@@ -171,10 +171,18 @@ def _own_type(trt: Any, layer: Any) -> Any:
         layer.__class__ = trt.IConstantLayer
         kind = str(layer.weights.dtype)  # numpy's, or TensorRT's where numpy has no such type
         return trt.DataType.HALF if kind in ("float16", "DataType.HALF") else None
-    if layer.type == trt.LayerType.PLUGIN_V2 and layer.num_inputs > 1 and layer.get_input(1).dtype in _floats(trt):
-        # It normalizes a float32 x, which a modulation follows, or is attention; integers follow any other x.
+    if layer.type == trt.LayerType.PLUGIN_V2 and _normalizes(trt, layer):
         return trt.DataType.HALF
     return trt.DataType.FLOAT if layer.type == trt.LayerType.DEQUANTIZE else None
+
+
+def _normalizes(trt: Any, plugin: Any) -> bool:
+    """Whether a plugin's node is a layer that normalizes its float32 x: a modulation follows that, then integers.
+
+    Integers follow any other layer's x at once, and there are none where attention or a residual sum is computed.
+    """
+    kinds = [tensor.dtype for tensor in _inputs(plugin)]
+    return len(kinds) > 1 and kinds[1] in _floats(trt) and any(kind not in _floats(trt) for kind in kinds)
 
 
 def _floats(trt: Any) -> set[Any]:

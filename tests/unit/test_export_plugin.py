@@ -57,7 +57,7 @@ def test_node_is_as_the_plugin_reads_it(low_bit_layer: Any) -> None:
     (node,) = model.graph.node
     assert (node.op_type, node.domain, node.name) == ("LowBitLinear", "qvdit", layer.name)
     assert {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute} == {
-        "plugin_version": b"2",
+        "plugin_version": b"3",
         "plugin_namespace": b"",
         "in_features": 45,
         "out_features": 6,

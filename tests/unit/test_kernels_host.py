@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -101,13 +102,13 @@ def test_quotients_of_any_size_are_rounded_as_a_division_is(host, divisor, seed,
 
 
 def test_python_repeats_the_argument_structs(host):
-    structs = (cuda.QuantizeArgs, cuda.UnpackArgs, cuda.GemmArgs, cuda.AttentionArgs)
+    structs = (cuda.QuantizeArgs, cuda.UnpackArgs, cuda.GemmArgs, cuda.AttentionArgs, cuda.GatedResidualArgs)
     sizes = (ctypes.c_int64 * len(structs))()
     host.qvdit_host_struct_sizes(sizes)
     assert list(sizes) == [ctypes.sizeof(struct) for struct in structs]
     header = (CSRC / "qvdit_kernels.h").read_text()
     for struct in structs:
-        name = struct.__name__.removesuffix("Args").lower()
+        name = re.sub(r"(?<!^)(?=[A-Z])", "_", struct.__name__.removesuffix("Args")).lower()
         body = header.split(f"struct qvdit_{name}_args {{")[1].split("\n};")[0]
         code = " ".join(line.split("//")[0] for line in body.splitlines())
         declared = [

@@ -23,7 +23,8 @@ from qvdit.runtimes import cuda
 HERE = Path(__file__).parent / "csrc"
 PLUGIN = Path(__file__).parents[2] / "runtimes" / "csrc" / "tensorrt"
 FLAGS = ("-std=c++17", "-O1", "-fno-exceptions", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC")
-CORE = tuple(PLUGIN / f"{name}.cc" for name in ("node", "attributes", "low_bit_core", "attention_core"))
+CORES = ("low_bit_core", "attention_core", "residual_core")
+CORE = tuple(PLUGIN / f"{name}.cc" for name in ("node", "attributes", *CORES))
 
 LAYER = {
     "in_features": 100,
@@ -68,6 +69,7 @@ ATTENTION = {
     "v_layout": 0,
     "scale": 1048576000,  # 0.25
 }
+RESIDUAL = {"gated": 1, "swapped": 0}
 # The same as FULL with a LayerNorm and its modulation.
 EPSILON = 1e-6
 
@@ -183,7 +185,7 @@ def core_library(shared: Callable[..., Path]) -> Path:
 
     def build(folder: Path) -> None:
         folder.mkdir()
-        drivers = (HERE / f"{name}.cc" for name in ("fake_kernels", "low_bit_core_driver", "attention_core_driver"))
+        drivers = (HERE / f"{name}.cc" for name in ("fake_kernels", *(f"{core}_driver" for core in CORES)))
         sources = [str(s) for s in (*CORE, *drivers)]
         compiled([compiler, *FLAGS, *sources, "-o", str(folder / "libcore.so")])
 

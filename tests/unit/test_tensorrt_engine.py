@@ -21,7 +21,7 @@ from qvdit.runtimes.tensorrt.parity import failures
 from qvdit.runtimes.tensorrt.session import TensorRtSession
 from qvdit.system import tensorrt_parts
 
-BUILT_FOR = b"\x7fELF\0qvdit LowBitLinear 2 for TensorRT %s\0"
+BUILT_FOR = b"\x7fELF\0qvdit LowBitLinear 3 for TensorRT %s\0"
 
 
 @pytest.fixture(scope="session")

@@ -29,6 +29,7 @@ from test_tensorrt_core import (
     NORMED,
     OTHER,
     PLUGIN,
+    RESIDUAL,
     S32,
     Tensor,
     addresses,
@@ -107,6 +108,11 @@ class Driver:
 
     def attention(self, **changes: int) -> Plugin:
         made = self.create(ATTENTION | changes, b"attn", b"HeadwiseAttention")
+        assert made is not None, self.message
+        return made
+
+    def residual(self, **changes: int) -> Plugin:
+        made = self.create(RESIDUAL | changes, b"sum", b"GatedResidual")
         assert made is not None, self.message
         return made
 
@@ -408,6 +414,46 @@ def test_an_engine_keeps_its_attention(driver):
     driver.library.fake_reset(b"", 0)
 
 
+# Residual sums
+
+
+def summed(batch: int = 6, rows: int = 5) -> Any:
+    """A residual, x and a gate of 24 features."""
+    shapes = ((F32, batch, rows, 24), (F16, batch, rows, 24), (F32, batch, 1, 24))
+    return (Tensor * 3)(*(tensor(*shape) for shape in shapes))
+
+
+def test_a_residual_sum_is_built_and_run(driver):
+    plugin = driver.residual()
+    assert plugin.call("plugin_outputs") == 1
+    assert plugin.types(summed()) == [TYPES[F32]]
+    assert plugin.shapes(summed(-1, -1)) == [(-1, -1, 24)]
+    assert plugin.configured(summed(-1, -1))
+    assert plugin.configured(summed())
+    assert plugin.workspace(summed(-1, -1), 64) == 0
+    tensors = (Tensor * 4)(*summed(), tensor(F32, 6, 5, 24))
+    assert all(plugin.takes(position, tensors) for position in range(4))
+    for position in range(4):
+        tensors[position].type = F32 if position == 1 else F16
+        assert not plugin.takes(position, tensors)
+    for run in (plugin, plugin.restored()):
+        driver.library.fake_reset(b"", 0)
+        assert run.enqueued(summed())
+        assert [driver.library.fake_name(i) for i in range(driver.library.fake_count())] == [b"residual"]
+    assert not plugin.enqueued((Tensor * 3)(*summed()[:2], tensor(F32, 2, 1, 24)))
+    assert driver.message.startswith('GatedResidual "')
+    assert "got gate of [2, 1, 24] for a residual of [6, 5, 24]" in driver.message
+    driver.library.fake_reset(b"", 0)
+
+
+def test_a_swapped_residual_sum_is_of_another_shape(driver):
+    plugin = driver.residual(swapped=3)
+    assert plugin.shapes(summed()) == [(10, 3, 24)]
+    assert plugin.shapes(summed(-1, 5)) == [(-1, 3, 24)]
+    assert driver.create(RESIDUAL | {"swapped": -1}, b"sum", b"GatedResidual") is None
+    assert driver.message.startswith('GatedResidual "sum": got swapped -1, expected 0 or more: ')
+
+
 # Under a TensorRT that runs here
 
 
@@ -433,6 +479,7 @@ except OSError as error:
 driver = tests.Driver(ctypes.CDLL({str(tmp_path / "plugin" / "lib.so")!r}))
 assert driver.library.plugin_has_creator(b"LowBitLinear")
 assert driver.library.plugin_has_creator(b"HeadwiseAttention")
+assert driver.library.plugin_has_creator(b"GatedResidual")
 assert driver.library.qvdit_register_plugins() == 1
 assert driver.create(tests.LAYER | {{"act_bits": 4}}) is None
 plugin = driver.plugin(**tests.FULL)

@@ -50,17 +50,20 @@ bool is_move(LayerType type) {
          type == LayerType::kSCATTER || type == LayerType::kSELECT;
 }
 
-// Whether a layer is a plugin that gives kHALF whatever its first input: it normalizes a float32 x, which a modulation
-// follows, or is attention, of this type. Integers follow any other x.
-bool gives_half(const ILayer& layer) {
-  return layer.getType() == LayerType::kPLUGIN_V2 && layer.getNbInputs() > 1 && is_float(layer.getInput(1)->getType());
+// Whether a layer is a plugin's that normalizes a float32 x and gives kHALF: a modulation follows x, then integers.
+// Integers follow any other layer's x at once, and there are none where attention or a residual sum is computed.
+bool normalizes(const ILayer& layer) {
+  if (layer.getType() != LayerType::kPLUGIN_V2 || layer.getNbInputs() < 2) return false;
+  bool integers = false;
+  for (int i = 0; i < layer.getNbInputs(); ++i) integers = integers || !is_float(layer.getInput(i)->getType());
+  return integers && is_float(layer.getInput(1)->getType());
 }
 
 // The type that a layer has of itself, or else that of its first floating-point input.
 DataType type_of(const ILayer& layer, const Types& types) {
   if (layer.getType() == LayerType::kCAST) return static_cast<const nvinfer1::ICastLayer&>(layer).getToType();
   if (layer.getType() == LayerType::kDEQUANTIZE) return DataType::kFLOAT;
-  if (gives_half(layer)) return DataType::kHALF;
+  if (normalizes(layer)) return DataType::kHALF;
   if (layer.getType() == LayerType::kCONSTANT) {
     return static_cast<const nvinfer1::IConstantLayer&>(layer).getWeights().type;
   }

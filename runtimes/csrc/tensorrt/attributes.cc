@@ -110,4 +110,10 @@ bool validate(const AttentionAttributes& attributes, Refusal& refusal) noexcept 
                 static_cast<double>(scale));
 }
 
+bool validate(const ResidualAttributes& attributes, Refusal& refusal) noexcept {
+  return (attributes.swapped >= 0 ||
+          refuse(refusal, "got swapped %d, expected 0 or more: export the model again", attributes.swapped)) &&
+         validate_flags(attributes, refusal);
+}
+
 }  // namespace qvdit::trt

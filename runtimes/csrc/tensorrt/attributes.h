@@ -100,4 +100,25 @@ struct Description<AttentionAttributes> {
 // Whether the kernel serves such a node.
 bool validate(const AttentionAttributes& attributes, Refusal& refusal) noexcept;
 
+// GatedResidual: residual + gate · x, or residual + x, in float32.
+
+struct ResidualAttributes {
+  int32_t gated;    // 0 or 1: an input gate follows
+  int32_t swapped;  // P: y is [B·Q, P, K] for a residual [B·P, Q, K], token (b, p, q) at (b, q, p); 0: as the residual
+};
+
+template <>
+struct Description<ResidualAttributes> {
+  static constexpr char kName[] = "GatedResidual";
+  static constexpr int32_t kMagic = 0x52475651;  // "QVGR"
+  static constexpr int32_t kBlobVersion = 1;
+  static constexpr Field<ResidualAttributes> kFields[] = {
+      {"gated", &ResidualAttributes::gated, true},
+      {"swapped", &ResidualAttributes::swapped, false},
+  };
+};
+
+// Whether the kernel serves such a node.
+bool validate(const ResidualAttributes& attributes, Refusal& refusal) noexcept;
+
 }  // namespace qvdit::trt

@@ -19,6 +19,7 @@ add_library(
   ${here}/node.cc
   ${here}/plugin_v2.cc
   ${here}/plugin_v3.cc
+  ${here}/residual_core.cc
   ${here}/shell.cc
   ${objects})
 target_include_directories(qvdit_tensorrt SYSTEM PRIVATE ${QVDIT_TENSORRT_INCLUDE} ${CUDAToolkit_INCLUDE_DIRS})

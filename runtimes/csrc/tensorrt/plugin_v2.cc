@@ -136,7 +136,8 @@ class PluginCreator final : public nvinfer1::IPluginCreator {
 const Creators& creators() noexcept {
   static PluginCreator<LowBitAttributes> low_bit_linear;
   static PluginCreator<AttentionAttributes> headwise_attention;
-  static const Creators made{&low_bit_linear, &headwise_attention};
+  static PluginCreator<ResidualAttributes> gated_residual;
+  static const Creators made{&low_bit_linear, &headwise_attention, &gated_residual};
   return made;
 }
 

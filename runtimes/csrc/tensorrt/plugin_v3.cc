@@ -152,7 +152,8 @@ class PluginCreator final : public nvinfer1::IPluginCreatorV3One {
 const Creators& creators() noexcept {
   static PluginCreator<LowBitAttributes> low_bit_linear;
   static PluginCreator<AttentionAttributes> headwise_attention;
-  static const Creators made{&low_bit_linear, &headwise_attention};
+  static PluginCreator<ResidualAttributes> gated_residual;
+  static const Creators made{&low_bit_linear, &headwise_attention, &gated_residual};
   return made;
 }
 

@@ -28,7 +28,7 @@ void log_error(const char* text) {
 #define QVDIT_TEXT_OF(value) #value
 #define QVDIT_TEXT(value) QVDIT_TEXT_OF(value)
 #define QVDIT_TENSORRT QVDIT_TEXT(NV_TENSORRT_MAJOR) "." QVDIT_TEXT(NV_TENSORRT_MINOR) "." QVDIT_TEXT(NV_TENSORRT_PATCH)
-__attribute__((used)) const char kBuiltFor[] = "qvdit LowBitLinear 2 for TensorRT " QVDIT_TENSORRT;
+__attribute__((used)) const char kBuiltFor[] = "qvdit LowBitLinear 3 for TensorRT " QVDIT_TENSORRT;
 
 }  // namespace
 
@@ -93,6 +93,18 @@ DimsExprs output_shape(const AttentionAttributes& attributes, int, const DimsExp
   return shape;
 }
 
+DimsExprs output_shape(const ResidualAttributes& attributes, int, const DimsExprs* inputs,
+                       nvinfer1::IExprBuilder& builder) noexcept {
+  DimsExprs shape = inputs[kResidual];
+  if (attributes.swapped == 0 || shape.nbDims != 3) return shape;
+  const auto* outer = builder.constant(static_cast<Extent>(attributes.swapped));
+  const auto* inner = shape.d[1];
+  const auto* batch = builder.operation(nvinfer1::DimensionOperation::kFLOOR_DIV, *shape.d[0], *outer);
+  shape.d[0] = builder.operation(nvinfer1::DimensionOperation::kPROD, *batch, *inner);
+  shape.d[1] = outer;
+  return shape;
+}
+
 const PluginField* find_field(const PluginFieldCollection* fields, const char* name) noexcept {
   for (int i = 0; fields && i < fields->nbFields; ++i) {
     const PluginField& field = fields->fields[i];
@@ -117,7 +129,8 @@ extern "C" QVDIT_API int32_t qvdit_register_plugins() {
     if (!registry) return false;
     const qvdit::trt::Creators& made = qvdit::trt::creators();
     const bool linear = registry->registerCreator(*made.low_bit_linear, "");
-    return registry->registerCreator(*made.headwise_attention, "") && linear;
+    const bool attention = registry->registerCreator(*made.headwise_attention, "");
+    return registry->registerCreator(*made.gated_residual, "") && attention && linear;
   }();
   return registered;
 }

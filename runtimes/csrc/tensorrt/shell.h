@@ -5,11 +5,12 @@
 
 #include "attention_core.h"
 #include "low_bit_core.h"
+#include "residual_core.h"
 #include "versions.h"
 
 namespace qvdit::trt {
 
-constexpr int kMostInputs = kInputs;  // LowBitLinear's; attention has less
+constexpr int kMostInputs = kInputs;  // LowBitLinear's; the others have less
 
 // Writes a refusal, with the kind of node and the layer's name (null: it has none), to TensorRT's logger; returns
 // false.
@@ -34,6 +35,8 @@ struct Tensors {
 nvinfer1::DimsExprs output_shape(const LowBitAttributes& attributes, int output, const nvinfer1::DimsExprs* inputs,
                                  nvinfer1::IExprBuilder& builder) noexcept;
 nvinfer1::DimsExprs output_shape(const AttentionAttributes& attributes, int output, const nvinfer1::DimsExprs* inputs,
+                                 nvinfer1::IExprBuilder& builder) noexcept;
+nvinfer1::DimsExprs output_shape(const ResidualAttributes& attributes, int output, const nvinfer1::DimsExprs* inputs,
                                  nvinfer1::IExprBuilder& builder) noexcept;
 
 // A node of a network, as both interfaces keep it: of any kind that attributes.h describes.
@@ -158,7 +161,7 @@ using Creator = nvinfer1::IPluginCreatorInterface;
 using Creator = nvinfer1::IPluginCreator;
 #endif
 struct Creators {
-  Creator *low_bit_linear, *headwise_attention;
+  Creator *low_bit_linear, *headwise_attention, *gated_residual;
 };
 const Creators& creators() noexcept;
 

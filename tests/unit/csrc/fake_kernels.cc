@@ -16,6 +16,7 @@ struct Call {
     qvdit_quantize_args quantize;
     qvdit_gemm_args gemm;
     qvdit_attention_args attention;
+    qvdit_gated_residual_args residual;
   } args;
   void* stream;
 };
@@ -49,6 +50,9 @@ QVDIT_API int32_t qvdit_quantize_rows(const qvdit_quantize_args* args, void* str
 QVDIT_API int32_t qvdit_low_bit_gemm(const qvdit_gemm_args* args, void* stream) { return keep("gemm", args, stream); }
 QVDIT_API int32_t qvdit_attention(const qvdit_attention_args* args, void* stream) {
   return keep("attention", args, stream);
+}
+QVDIT_API int32_t qvdit_gated_residual(const qvdit_gated_residual_args* args, void* stream) {
+  return keep("residual", args, stream);
 }
 
 // Forgets all calls. From now on the launch of that name is refused, and the device has that status.

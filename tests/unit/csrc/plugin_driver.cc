@@ -35,15 +35,16 @@ class Logger : public ILogger {
 
 PluginCreator* creator(const char* kind) {
 #ifdef FAKE_TENSORRT
-  for (trt::Creator* made : {trt::creators().low_bit_linear, trt::creators().headwise_attention}) {
+  const trt::Creators& all = trt::creators();
+  for (trt::Creator* made : {all.low_bit_linear, all.headwise_attention, all.gated_residual}) {
     auto* found = static_cast<PluginCreator*>(made);
     if (std::strcmp(found->getPluginName(), kind) == 0) return found;
   }
   return nullptr;
 #elif QVDIT_PLUGIN_V3
-  return static_cast<PluginCreator*>(getPluginRegistry()->getCreator(kind, "2", ""));
+  return static_cast<PluginCreator*>(getPluginRegistry()->getCreator(kind, trt::kPluginVersion, ""));
 #else
-  return getPluginRegistry()->getPluginCreator(kind, "2", "");
+  return getPluginRegistry()->getPluginCreator(kind, trt::kPluginVersion, "");
 #endif
 }
 
@@ -120,7 +121,12 @@ class Builder : public IExprBuilder, public apiv::VExprBuilder {
     made_.emplace_back(value);
     return &made_.back();
   }
-  const IDimensionExpr* operation(DimensionOperation, const IDimensionExpr&, const IDimensionExpr&) { return nullptr; }
+  const IDimensionExpr* operation(DimensionOperation kind, const IDimensionExpr& a, const IDimensionExpr& b) {
+    if (!a.isConstant() || !b.isConstant()) return constant(-1);
+    const int64_t one = a.getConstantValue(), other = b.getConstantValue();
+    if (kind == DimensionOperation::kPROD) return constant(static_cast<trt::Extent>(one * other));
+    return kind == DimensionOperation::kFLOOR_DIV ? constant(static_cast<trt::Extent>(one / other)) : nullptr;
+  }
   const IDimensionExpr* declareSizeTensor(int32_t, const IDimensionExpr&, const IDimensionExpr&) { return nullptr; }
 
   DimsExprs shape(const trt::Tensor& tensor) {

@@ -144,13 +144,15 @@ def typed_network() -> Network:
     make(layer(LayerType.SHUFFLE, network.inputs, "moved float"))
     plugin_outputs = [Tensor("y", DataType.FLOAT), Tensor("scale", DataType.FLOAT), Tensor("acc", DataType.INT32)]
     make(Layer(LayerType.PLUGIN_V2, [made["half"]], plugin_outputs, "plugin"))
-    modulated = [*network.inputs, Tensor("modulation", DataType.FLOAT)]
+    modulated = [*network.inputs, Tensor("modulation", DataType.FLOAT), Tensor("words", DataType.INT32)]
     make(Layer(LayerType.PLUGIN_V2, modulated, [Tensor("y normed", DataType.HALF)], "plugin with a LayerNorm"))
     exact = [*network.inputs, Tensor("words", DataType.INT32)]
     make(Layer(LayerType.PLUGIN_V2, exact, [Tensor("y exact", DataType.FLOAT)], "plugin of a float32 x"))
     attended = [*plugin_outputs[:1], made["half"], made["half"]]
     make(Layer(LayerType.PLUGIN_V2, attended, [Tensor("y attended", DataType.HALF)], "attention"))
     make(Layer(LayerType.PLUGIN_V2, attended[:1], [Tensor("y packed", DataType.HALF)], "attention of one product"))
+    summed = [*network.inputs, *plugin_outputs[:1], Tensor("gate", DataType.FLOAT)]
+    make(Layer(LayerType.PLUGIN_V2, summed, [Tensor("y summed", DataType.FLOAT)], "residual sum"))
     make(layer(LayerType.CAST, plugin_outputs[:1], "back", to_type=DataType.FLOAT))
     make(layer(LayerType.QUANTIZE, [made["half"]], "q", DataType.INT8))
     make(layer(LayerType.DEQUANTIZE, [network.layers[-1].outputs[0]], "dq"))
@@ -164,7 +166,7 @@ def test_types_of_a_weakly_typed_network_are_the_graphs() -> None:
     expected = {"x": single, "half": half, "weight": half, "product": half, "less": DataType.BOOL, "sum": single}
     expected |= {"y": half, "scale": single, "acc": DataType.INT32, "back": single, "q": DataType.INT8, "dq": single}
     expected |= {"int8": single, "after": single, "moved half": half, "moved float": single}
-    expected |= {"y normed": half, "y exact": single, "y attended": half, "y packed": half}
+    expected |= {"y normed": half, "y exact": single, "y attended": half, "y packed": half, "y summed": single}
     assert versions.tensor_types(Fake(), typed_network()) == expected
 
 
@@ -231,7 +233,7 @@ def built(trt: Fake, exported: Path) -> Path:
         ({"tensorrt": "10.3.0"}, ("an engine of TensorRT 10.3.0", "8.6.0")),
         ({"gpu": "Orin", "compute": "8.7"}, ("an engine for Orin (sm 8.7)", "Fake GPU (sm 9.0)")),
         ({"onnx_sha256": {}}, ("another model",)),
-        ({"plugin_version": "0"}, ("version 2 of the plugin", "version 0")),
+        ({"plugin_version": "0"}, ("version 3 of the plugin", "version 0")),
         ({"engine_sha256": "0"}, ("damaged",)),
         ({"format": 0}, ("another version",)),
     ],
@@ -294,7 +296,7 @@ def test_no_room_for_a_context(built: Path, trt: Fake) -> None:
         (BUILT_FOR % b"10.3.0", "built for TensorRT 10.3.0"),
         (b"\x7fELF", "a build of the LowBitLinear plugin"),
         (b"", "a build of the LowBitLinear plugin"),
-        (BUILT_FOR.replace(b"Linear 2", b"Linear 1") % b"8.6.0", "version 1 of the plugin"),
+        (BUILT_FOR.replace(b"Linear 3", b"Linear 1") % b"8.6.0", "version 1 of the plugin"),
     ],
 )
 def test_a_plugin_that_does_not_fit(content: bytes, words: str, trt: Fake, exported: Path) -> None:

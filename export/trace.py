@@ -55,10 +55,10 @@ def trace(
     called ``sample``. ``inputs`` are an example. fusable_attention: as :mod:`qvdit.export.attention` translates it;
     else as PyTorch does.
     """
-    model: Any = copy.deepcopy(transformer).cpu().float().eval()
+    # The linears are not copied: placeholders take their places, and they are nearly all of a model's weights.
+    places = {id(transformer.get_submodule(name)): _Placeholder(name, n) for name, n in layers.items()}
+    model: Any = copy.deepcopy(transformer, places).cpu().float().eval()
     adapter.prepare_for_export(model)
-    for name, out_features in layers.items():
-        model.set_submodule(name, _Placeholder(name, out_features))
     # float32 throughout, time steps included: some schedulers count them in integers, others do not.
     example = {name: inputs[name].cpu().float() for name in adapter.inputs}
     shapes = {**adapter.export_shapes(dict(model.config)), "return_dict": None}

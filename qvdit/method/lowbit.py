@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 import torch
 
@@ -108,11 +106,3 @@ def replace_linears(model: torch.nn.Module, modules: dict[str, torch.nn.Module])
     """Put modules in the places that their names give."""
     for name, module in modules.items():
         model.set_submodule(name, module)
-
-
-def install(model: torch.nn.Module, layers: Iterable[Layer]) -> dict[str, FrozenLinear]:
-    """Replace a model's linears by frozen layers, in place; returns them by name."""
-    device = next(model.parameters()).device
-    modules = {layer.name: frozen_linear(layer).to(device).eval() for layer in layers}
-    replace_linears(model, modules)  # type: ignore[arg-type]
-    return modules

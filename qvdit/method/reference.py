@@ -12,7 +12,7 @@ import torch
 from qvdit.contract import FrameRows
 from qvdit.contract.layer import Layer
 from qvdit.contract.parity import LayerOutputs, LayerReference
-from qvdit.method.lowbit import FrozenLinear, LowBitLinear, StaticInt8Linear, install
+from qvdit.method.lowbit import FrozenLinear, LowBitLinear, StaticInt8Linear, frozen_linear
 
 Visit = Callable[[LayerReference], None]
 
@@ -20,10 +20,10 @@ _SAVED_TOKENS = 4  # tokens kept of every frame in a bundle's parity files
 
 
 def quantized_transformer(transformer: torch.nn.Module, layers: tuple[Layer, ...]) -> Any:
-    """A copy of a transformer with its linears replaced by frozen layers."""
-    model = copy.deepcopy(transformer)
-    install(model, layers)
-    return model.eval()
+    """A copy of a transformer with its linears replaced by frozen layers: their weights are not copied."""
+    device = next(transformer.parameters()).device
+    places = {id(transformer.get_submodule(layer.name)): frozen_linear(layer).to(device) for layer in layers}
+    return copy.deepcopy(transformer, places).eval()
 
 
 @torch.no_grad()

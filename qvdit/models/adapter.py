@@ -115,12 +115,20 @@ def attention_fusions(sites: list[Site]) -> list[Fusion]:
     return found
 
 
-def rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def pair_turn(features: int) -> torch.Tensor:
+    """The float32 matrix [D, D] that turns pairs of features, (a, b) → (-b, a): a signed permutation.
+
+    Made before a model is traced: within, it would be written element by element, as ScatterND, in every attention.
+    """
+    turn = torch.zeros(features, features)
+    even = torch.arange(0, features, 2)
+    turn[even + 1, even], turn[even, even + 1] = -1.0, 1.0
+    return turn
+
+
+def rotate_pairs(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
     """A rotary embedding: pairs of features (a, b) → (a cos - b sin, a sin + b cos). x: [..., D]; cos, sin broadcast.
 
-    As a product with a constant matrix: multiplying by a signed permutation is exact, and exports as one MatMul.
+    As a product with ``turn``, :func:`pair_turn`'s: exact, and one MatMul where it is exported.
     """
-    turn = torch.zeros(x.shape[-1], x.shape[-1])  # (a, b) → (-b, a)
-    even = torch.arange(0, x.shape[-1], 2)
-    turn[even + 1, even], turn[even, even + 1] = -1.0, 1.0
     return x * cos + (x @ turn) * sin

@@ -9,7 +9,7 @@ import torch
 from torch.export import Dim
 
 from qvdit.contract import FrameRows
-from qvdit.models.adapter import Fusion, ModelAdapter, Site, attention_fusions, frames_first, rotate_pairs
+from qvdit.models.adapter import Fusion, ModelAdapter, Site, attention_fusions, frames_first, pair_turn, rotate_pairs
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
 """cos and sin, float32 [T·H·W, D]."""
@@ -55,8 +55,9 @@ class CogVideoXAdapter(ModelAdapter):
             model.register_forward_pre_hook(_add_rotary, with_kwargs=True)
 
     def prepare_for_export(self, model: torch.nn.Module) -> None:
+        processor = _ExportProcessor(model.config.attention_head_dim)  # type: ignore[union-attr, arg-type]
         for block in model.transformer_blocks:  # type: ignore[union-attr]
-            block.attn1.set_processor(_ExportProcessor())
+            block.attn1.set_processor(processor)
 
     def fusions(self, model: torch.nn.Module) -> list[Fusion]:
         return attention_fusions(self.sites(model))
@@ -99,6 +100,9 @@ def rotary_embedding(config: Any, shape: torch.Size, device: torch.device) -> Ro
 class _ExportProcessor:
     """CogVideoX's attention without writing into slices, which would become ScatterND over the whole sequence."""
 
+    def __init__(self, features: int):
+        self.turn = pair_turn(features)  # of a head
+
     def __call__(
         self,
         attn: Any,
@@ -117,7 +121,8 @@ class _ExportProcessor:
             query, key = attn.norm_q(query), attn.norm_k(key)
         if image_rotary_emb is not None:
             query, key = (
-                torch.cat([x[:, :, :text], rotate_pairs(x[:, :, text:], *image_rotary_emb)], 2) for x in (query, key)
+                torch.cat([x[:, :, :text], rotate_pairs(x[:, :, text:], *image_rotary_emb, self.turn)], 2)
+                for x in (query, key)
             )
         mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
         out = attn.to_out[1](attn.to_out[0](mixed.transpose(1, 2).flatten(2)))

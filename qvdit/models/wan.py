@@ -8,7 +8,7 @@ import torch
 from torch.export import Dim
 
 from qvdit.contract import FrameRows
-from qvdit.models.adapter import Fusion, ModelAdapter, Site, attention_fusions, frames_first, rotate_pairs
+from qvdit.models.adapter import Fusion, ModelAdapter, Site, attention_fusions, frames_first, pair_turn, rotate_pairs
 
 
 class WanAdapter(ModelAdapter):
@@ -49,10 +49,11 @@ class WanAdapter(ModelAdapter):
         return frames_first(output, frames)
 
     def prepare_for_export(self, model: torch.nn.Module) -> None:
+        processor = _ExportProcessor(model.config.attention_head_dim)  # type: ignore[union-attr, arg-type]
         for block in model.blocks:  # type: ignore[union-attr]
             for attention in (block.attn1, block.attn2):
                 if attention.add_k_proj is None:
-                    attention.set_processor(_ExportProcessor())
+                    attention.set_processor(processor)
 
     def fusions(self, model: torch.nn.Module) -> list[Fusion]:
         # One flag of an attention stands for its image keys and values too, which are not quantized.
@@ -80,6 +81,9 @@ class _ExportProcessor:
     whole tensor: a third of the model's time in ONNX Runtime. Multiplying by a signed permutation is the same, exactly.
     """
 
+    def __init__(self, features: int):
+        self.turn = pair_turn(features)  # of a head
+
     def __call__(
         self,
         attn: Any,
@@ -92,7 +96,7 @@ class _ExportProcessor:
         query, key, value = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(context)), attn.to_v(context)
         query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, value))  # [B, L, H, D]
         if rotary_emb is not None:
-            query, key = rotate_pairs(query, *rotary_emb), rotate_pairs(key, *rotary_emb)
+            query, key = (rotate_pairs(x, *rotary_emb, self.turn) for x in (query, key))
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
         return attn.to_out[1](attn.to_out[0](mixed.transpose(1, 2).flatten(2)))

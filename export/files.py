@@ -32,6 +32,7 @@ def save_model(model: onnx.ModelProto, path: Path, external_from: int = EXTERNAL
     path.unlink(missing_ok=True)
     data.unlink(missing_ok=True)
     onnx.external_data_helper.write_external_data_tensors(written, str(path.parent))
+    data.chmod(0o644)  # it is written for the owner alone; a bundle is made to be copied and served
     with data.open("rb+") as file:
         os.fsync(file.fileno())
     _write(partial, written.SerializeToString(deterministic=True))

@@ -34,12 +34,17 @@ def saturates() -> bool:
 
 
 def session(
-    model: bytes | Path, threads: int | None = None, device: str = "cpu", folder: Path | None = None
+    model: bytes | Path,
+    threads: int | None = None,
+    device: str = "cpu",
+    folder: Path | None = None,
+    soon: bool = False,
 ) -> onnxruntime.InferenceSession:
     """An inference session for a serialized model or a file, on the CPU or on a GPU: ``cuda`` or ``cuda:N``.
 
-    folder: where the external weights of a serialized model lie. Bodies must be signed for a GPU, or they run on the
-    CPU: :mod:`qvdit.runtimes.signed`.
+    folder: where the external weights of a serialized model lie. soon: run small readers of a large value before what
+    comes after it, so that it is not kept. Bodies must be signed for a GPU, or they run on the CPU:
+    :mod:`qvdit.runtimes.signed`.
     """
     import onnxruntime
 
@@ -55,6 +60,8 @@ def session(
     if saturates():
         # u8 x u8 for 8-bit weights: slower, exact.
         options.add_session_config_entry("session.x64quantprecision", "1")
+    if soon:
+        options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     if folder is not None:
         options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     source = model if isinstance(model, bytes) else str(model)

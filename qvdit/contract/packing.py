@@ -31,6 +31,8 @@ def pack(weight_q: np.ndarray, bits: int, zero: np.ndarray | None = None) -> np.
     padding = np.zeros((n, 1), np.int8) if zero is None else zero.reshape(n, -1)[:, -1:].astype(np.int8)
     padding = np.repeat(padding, -k % ROW_PAD, axis=1)
     codes = (np.concatenate([weight_q, padding], axis=1).astype(np.int16) + half).astype(np.uint8)
+    if 8 % bits == 0:
+        return _side_by_side(codes, bits).view("<u4").astype(np.uint32, copy=False)
     words = np.empty((n, packed_words(k, bits)), np.uint32)
     for start in range(0, n, _ROWS_AT_ONCE):
         block = codes[start : start + _ROWS_AT_ONCE]
@@ -38,6 +40,22 @@ def pack(weight_q: np.ndarray, bits: int, zero: np.ndarray | None = None) -> np.
         packed = np.packbits(expanded.reshape(len(block), -1), axis=1, bitorder="little")
         words[start : start + _ROWS_AT_ONCE] = packed.view("<u4")
     return words
+
+
+def _side_by_side(codes: np.ndarray, bits: int) -> np.ndarray:
+    """uint8 [N, K_pad] → uint8 [N, b·K_pad/8], for widths of which a byte holds whole codes."""
+    packed = codes[:, :: 8 // bits].copy()
+    for place in range(1, 8 // bits):
+        packed |= codes[:, place :: 8 // bits] << (bits * place)
+    return packed
+
+
+def _apart(packed: np.ndarray, bits: int, out: np.ndarray) -> None:
+    """The inverse, of as many features as ``out`` has: int8 [N, k], codes less 2^(b-1)."""
+    for place in range(8 // bits):
+        part = out[:, place :: 8 // bits]
+        codes = (packed[:, : part.shape[1]] >> (bits * place)) & ((1 << bits) - 1)
+        part[:] = (codes - np.uint8(1 << (bits - 1))).view(np.int8)
 
 
 def pack_signs(signs: np.ndarray) -> np.ndarray:
@@ -60,6 +78,9 @@ def unpack(words: np.ndarray, bits: int, k: int) -> np.ndarray:
             f"packed weights have shape {words.shape}, {k} values of {bits} bits need {packed_words(k, bits)} words"
         )
     out = np.empty((n, k), np.int8)
+    if 8 % bits == 0:
+        _apart(np.ascontiguousarray(words).astype("<u4", copy=False).view(np.uint8), bits, out)
+        return out
     for start in range(0, n, _ROWS_AT_ONCE):
         block = np.ascontiguousarray(words[start : start + _ROWS_AT_ONCE]).astype("<u4").view(np.uint8)
         expanded = np.unpackbits(block, axis=1, bitorder="little").reshape(len(block), -1, bits)

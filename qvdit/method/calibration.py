@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -78,6 +79,11 @@ class CalibrationData:
     def batches(self, together: int = 1) -> Iterator[dict[str, torch.Tensor]]:
         """As :meth:`by_step`, without the step; every step weighs the same."""
         return (batch for _, batch in self.by_step(together))
+
+    def some(self, most: int) -> Iterator[dict[str, torch.Tensor]]:
+        """``most`` of the batches at most, evenly apart; no more than one shard is in memory at a time."""
+        count = sum(1 for _ in self.batches())
+        return itertools.islice(self.batches(), 0, most * max(1, count // most), max(1, count // most))
 
     def groups(self) -> list[dict[str, torch.Tensor]]:
         """All records on the CPU, those of equal shapes in one batch: prompts may differ in length."""

@@ -271,10 +271,9 @@ def _fit_gains(transformer: Any, layers: list[TrainableLinear], data: Calibratio
         )
         for layer in layers
     ]
-    batches = list(data.batches())
     device = next(transformer.parameters()).device
     try:
-        for batch in batches[:: max(1, len(batches) // _GAIN_BATCHES)][:_GAIN_BATCHES]:
+        for batch in data.some(_GAIN_BATCHES):
             transformer(**{name: tensor.to(device) for name, tensor in batch.items()}, return_dict=False)
     finally:
         for handle in handles:

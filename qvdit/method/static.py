@@ -31,18 +31,18 @@ def quantize_static(
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Conv3d | torch.nn.Conv2d) and name not in chosen:
             config["quant_cfg"].append({"quantizer_name": f"{name}.*", "enable": False})
-    batches = list(data.batches())
+    count = sum(1 for _ in data.batches())
     device = next(model.parameters()).device
 
     def forward_loop(calibrated: torch.nn.Module) -> None:
-        for index, batch in enumerate(batches):
-            progress(index, len(batches))
+        for index, batch in enumerate(data.batches()):
+            progress(index, count)
             calibrated(**{name: tensor.to(device) for name, tensor in batch.items()}, return_dict=False)
 
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # it counts modules on stdout and warns of those we switched off
         model = mtq.quantize(model, config, forward_loop)
-    progress(len(batches), len(batches))
+    progress(count, count)
     return tuple(_freeze(site.name, model.get_submodule(site.name)) for site in sites)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +36,7 @@ class InputStatistics:
 class Statistics:
     """Input statistics by the name of the shared input (:attr:`Site.shared_input`)."""
 
-    inputs: dict[str, InputStatistics]
+    inputs: Mapping[str, InputStatistics]
 
     def of(self, site: Site) -> InputStatistics:
         """The statistics of a site's input."""
@@ -68,15 +69,15 @@ class _Sums:
         values = (peaks, self.count * x.mean(0), self.count * (x.T @ x / len(x)))
         for field, value in zip(fields, values, strict=True):
             key = f"{name}:{field}"
-            value = value.double()
-            self.tensors[key] = self.tensors[key] + value if key in self.tensors else value
+            if key in self.tensors:
+                self.tensors[key] += value  # in place: a large model's moments leave no room for a second one
+            else:
+                self.tensors[key] = value.double()
 
-    def of(self, name: str) -> InputStatistics:
-        """The statistics of one input."""
-        steps = sorted(self.batches)
-        rows = [self.tensors[f"{name}:{_BY_STEP}:{step}"] / self.batches[step] for step in steps]
-        mean, moment = (self.tensors[f"{name}:{field}"] / self.batches.total() for field in _OVERALL)
-        return InputStatistics(torch.stack(rows).float(), mean.float(), moment.float())
+    def check(self) -> None:
+        """Raise QvditError where a sum is no number."""
+        for key, tensor in self.tensors.items():
+            _refuse_unless(bool(tensor.isfinite().all()), key.split(":", 1)[0])
 
     def save(self, path: Path, shards: int) -> None:
         # One key: safetensors writes several in no fixed order.
@@ -141,21 +142,58 @@ def collect(
     finally:
         for handle in handles:
             handle.remove()
+    sums.check()
     progress(len(data.shards), len(data.shards))
     return load(path)
 
 
 def load(path: Path) -> Statistics:
-    """Read collected statistics."""
-    sums = _Sums()
-    if not sums.load(path, torch.device("cpu")):
+    """Collected statistics, each input's read when it is asked for: a large model's take more memory than the model."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            counts, keys = json.loads((file.metadata() or {})[_COUNTS]), list(file.keys())
+        batches = Counter({int(step): int(count) for step, count in counts["batches"]})
+        whole = counts["format"] == FORMAT
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        whole = False
+    if not whole:
         raise QvditError(f"no statistics at {path}", "what `qvdit calibrate` writes", "run `qvdit calibrate` first")
-    inputs = {name: sums.of(name) for name in dict.fromkeys(key.split(":", 1)[0] for key in sums.tensors)}
-    for name, found in inputs.items():
-        if not all(tensor.isfinite().all() for tensor in vars(found).values()):
-            raise QvditError(
-                f"NaN or Inf in the statistics of {name}",
-                "finite activations",
-                "check the model's weights and the calibration data",
-            )
-    return Statistics(inputs)
+    return Statistics(_Stored(path, batches, tuple(dict.fromkeys(key.split(":", 1)[0] for key in keys))))
+
+
+class _Stored(Mapping[str, InputStatistics]):
+    """Statistics by the name of the shared input, read from a file; the last one stays, for its other readers."""
+
+    def __init__(self, path: Path, batches: Counter[int], names: tuple[str, ...]):
+        self.path, self.batches, self.names = path, batches, names
+        self._last: tuple[str, InputStatistics] | None = None
+
+    def __getitem__(self, name: str) -> InputStatistics:
+        if self._last is None or self._last[0] != name:
+            if name not in self.names:
+                raise KeyError(name)
+            self._last = name, self._read(name)
+        return self._last[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def _read(self, name: str) -> InputStatistics:
+        with safe_open(self.path, framework="pt") as file:
+            rows = [file.get_tensor(f"{name}:{_BY_STEP}:{step}") / self.batches[step] for step in sorted(self.batches)]
+            mean, moment = (file.get_tensor(f"{name}:{field}") / self.batches.total() for field in _OVERALL)
+        found = InputStatistics(torch.stack(rows).float(), mean.float(), moment.float())
+        _refuse_unless(all(bool(tensor.isfinite().all()) for tensor in vars(found).values()), name)
+        return found
+
+
+def _refuse_unless(finite: bool, name: str) -> None:
+    if not finite:
+        raise QvditError(
+            f"NaN or Inf in the statistics of {name}",
+            "finite activations",
+            "check the model's weights and the calibration data",
+        )

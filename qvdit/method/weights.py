@@ -146,20 +146,21 @@ def search_second_order(
     nearest, so the scale that a search by nearest rounding finds is only where this one begins.
     """
     rows = max(1, _TRIED_AT_ONCE // (len(_AROUND) * weight.shape[1]))
+    spread = ErrorSpread.of(second_moment)
     parts = zip(weight.split(rows), grid.scale.split(rows), grid.zero.split(rows), strict=True)
-    found = [_search_rows(w, WeightGrid(grid.bits, s, z), second_moment) for w, s, z in parts]
+    found = [_search_rows(w, WeightGrid(grid.bits, s, z), second_moment, spread) for w, s, z in parts]
     scale, weight_q = (torch.cat(values) for values in zip(*found, strict=True))
     return WeightGrid(grid.bits, scale, grid.zero), weight_q
 
 
 def _search_rows(
-    weight: torch.Tensor, grid: WeightGrid, second_moment: torch.Tensor
+    weight: torch.Tensor, grid: WeightGrid, second_moment: torch.Tensor, spread: ErrorSpread
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The best scale and the integers of some channels. Channels are rounded independently: all tries are one call."""
     scale = torch.cat([grid.scale * factor for factor in _AROUND])
     tried = WeightGrid(grid.bits, scale, torch.cat([grid.zero] * len(_AROUND)))
     repeated = torch.cat([weight] * len(_AROUND))
-    weight_q = round_second_order(repeated, tried, second_moment)
+    weight_q = spread.rounded(repeated, tried)
     error = tried.dequantize(weight_q) - repeated
     cost = ((error @ second_moment) * error).sum(1).view(len(_AROUND), -1)
     best = cost.argmin(0) * len(weight) + torch.arange(len(weight), device=weight.device)
@@ -167,26 +168,43 @@ def _search_rows(
 
 
 def round_second_order(weight: torch.Tensor, grid: WeightGrid, second_moment: torch.Tensor) -> torch.Tensor:
-    """Second-order rounding (GPTQ, arXiv 2210.17323): integers [N, K] that keep W x rather than W.
+    """Second-order rounding (GPTQ, arXiv 2210.17323): integers [N, K] that keep W x rather than W."""
+    return ErrorSpread.of(second_moment).rounded(weight, grid)
+
+
+@dataclass(frozen=True)
+class ErrorSpread:
+    """How second-order rounding passes errors on, the same for all channels of an input, factored once.
 
     Features are rounded one after the other, the most active first; the error of each is spread over those still to
     come as the inverse of E[x xᵀ] says.
     """
-    order = second_moment.diagonal().argsort(descending=True)
-    inverse = torch.cholesky_inverse(cholesky(second_moment, order=order))
-    spread = torch.linalg.cholesky(inverse, upper=True).float()
-    scale, zero = (per_feature(v, len(order)).expand(-1, len(order))[:, order] for v in (grid.scale, grid.zero))
-    left = weight[:, order].clone()
-    rounded = torch.empty_like(left)
-    block = 64
-    for start in range(0, left.shape[1], block):
-        stop = min(start + block, left.shape[1])
-        errors = torch.zeros(len(left), stop - start, device=left.device)
-        for k in range(start, stop):
-            column, own = left[:, k : k + 1], WeightGrid(grid.bits, scale[:, k], zero[:, k])
-            rounded[:, k : k + 1] = own.quantize(column)
-            error = (column - own.dequantize(rounded[:, k : k + 1])) / spread[k, k]
-            left[:, k:stop] -= error @ spread[k : k + 1, k:stop]
-            errors[:, k - start] = error[:, 0]
-        left[:, stop:] -= errors @ spread[start:stop, stop:]
-    return rounded[:, order.argsort()]
+
+    order: torch.Tensor  # int64 [K]: the features, as they are rounded
+    spread: torch.Tensor  # float32 [K, K], upper: the root of the inverse, in that order
+
+    @staticmethod
+    def of(second_moment: torch.Tensor) -> ErrorSpread:
+        """Of an input's E[x xᵀ], float32 [K, K]."""
+        order = second_moment.diagonal().argsort(descending=True)
+        inverse = torch.cholesky_inverse(cholesky(second_moment, order=order))
+        return ErrorSpread(order, torch.linalg.cholesky(inverse, upper=True).float())
+
+    def rounded(self, weight: torch.Tensor, grid: WeightGrid) -> torch.Tensor:
+        """Integers [N, K] of a weight [N, K], as float32."""
+        order, spread = self.order, self.spread
+        scale, zero = (per_feature(v, len(order)).expand(-1, len(order))[:, order] for v in (grid.scale, grid.zero))
+        left = weight[:, order].clone()
+        rounded = torch.empty_like(left)
+        block = 64
+        for start in range(0, left.shape[1], block):
+            stop = min(start + block, left.shape[1])
+            errors = torch.zeros(len(left), stop - start, device=left.device)
+            for k in range(start, stop):
+                column, own = left[:, k : k + 1], WeightGrid(grid.bits, scale[:, k], zero[:, k])
+                rounded[:, k : k + 1] = own.quantize(column)
+                error = (column - own.dequantize(rounded[:, k : k + 1])) / spread[k, k]
+                left[:, k:stop] -= error @ spread[k : k + 1, k:stop]
+                errors[:, k - start] = error[:, 0]
+            left[:, stop:] -= errors @ spread[start:stop, stop:]
+        return rounded[:, order.argsort()]

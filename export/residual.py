@@ -29,7 +29,7 @@ def with_residuals(typed: onnx.ModelProto) -> onnx.ModelProto:
 
     What is looked for: residual + float32(y), or residual + gate · float32(y), of a placeholder's y [B, L, K] of the
     low type, a float32 residual of that shape and a float32 gate [B, 1, K] or [1, 1, K], where nothing else reads what
-    is between; and after it [B · P, Q, K] → [B · Q, P, K] by Reshape, Transpose and Reshape, with P and Q constant.
+    is between; and after it [B · P, Q, K] → [B · Q, P, K] by Reshape, Transpose and Reshape, with P and Q known.
     ``GatedResidual`` reads the residual, y and the gate. Its attribute ``swapped`` is P, or 0.
     """
     model = onnx.ModelProto()
@@ -91,15 +91,14 @@ def _swapped(total: str, values: Values) -> tuple[str, int]:
     apart = values.only_reader(total, "Reshape")
     transpose = None if apart is None else values.only_reader(apart.output[0], "Transpose")
     together = None if transpose is None else values.only_reader(transpose.output[0], "Reshape")
-    shape = values.shape(total)
-    if apart is None or transpose is None or together is None or shape is None:
+    if apart is None or transpose is None or together is None:
         return total, 0
     perm = next((list(a.ints) for a in transpose.attribute if a.name == "perm"), None)
-    axes, rows = (values.numbers(node.input[1]) for node in (apart, together))
-    if perm != _SWAP or axes is None or rows is None or len(axes) != 4 or len(rows) != 3:
+    shape, axes, rows = (values.shape(name) for name in (total, apart.output[0], together.output[0]))
+    if perm != _SWAP or shape is None or axes is None or rows is None or len(axes) != 4 or len(rows) != 3:
         return total, 0
     outer, inner, features = axes[1:]
-    whole = outer > 0 and [inner, features] == shape[1:] and rows[1:] == [outer, features]
+    whole = 0 not in axes[1:] and [inner, features] == shape[1:] and rows[1:] == [outer, features]
     return (together.output[0], outer) if whole else (total, 0)
 
 

@@ -36,11 +36,6 @@ class Values:
         held = self.constants.get(name)
         return held is not None and bool((onnx.numpy_helper.to_array(held) == value).all())
 
-    def numbers(self, name: str) -> list[int] | None:
-        """A constant vector of integers, a shape; None where it is none."""
-        held = self.constants.get(name)
-        return None if held is None else onnx.numpy_helper.to_array(held).reshape(-1).tolist()
-
     def groups(self, name: str, features: int) -> int | None:
         """G of a value [G, 1, K] with these K features, 0 where it is not known; None if it has another shape."""
         shape = self.shape(name)

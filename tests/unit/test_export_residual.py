@@ -38,13 +38,13 @@ SHAPES = {"apart": [-1, 2, 4, K], "together": [-1, 2, K]}
 def graph_of(*nodes: onnx.NodeProto, **constants: np.ndarray | Sequence[int]) -> onnx.ModelProto:
     """A strongly typed graph of nodes that make ``y`` of ``x`` [B, 4, K], with constants."""
     held = {name: np.asarray(v, None if isinstance(v, np.ndarray) else np.int64) for name, v in constants.items()}
-    swapped = any("together" in node.input for node in nodes)
     value, batch = onnx.helper.make_tensor_value_info, ["batch", 4, K]
+    y = ["rows", *constants["together"][1:]] if "together" in constants else batch
     graph = onnx.helper.make_graph(
         nodes,
         "g",
         [value("x", TensorProto.FLOAT, batch)],
-        [value("y", TensorProto.FLOAT, None if swapped else batch)],
+        [value("y", TensorProto.FLOAT, y)],
         [onnx.numpy_helper.from_array(array, name) for name, array in held.items()],
     )
     opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid(DOMAIN, DOMAIN_VERSION)]

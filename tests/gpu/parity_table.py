@@ -20,7 +20,16 @@ from qvdit.contract.files import write_json
 
 COUNTS = ("layers_compared", "xq_compared", "xq_mismatches", "acc_compared", "acc_mismatches")
 ERRORS = ("model_rel_err", "error_ratio", "half_error_ratio")
-FACTS = ("tensorrt", "gpu", "driver", "optimization_level", "build_seconds", "engine_bytes", "device_bytes")
+FACTS = (
+    "tensorrt",
+    "plugin_version",
+    "gpu",
+    "driver",
+    "optimization_level",
+    "build_seconds",
+    "engine_bytes",
+    "device_bytes",
+)
 
 
 def found(path: Path) -> dict[str, Any]:

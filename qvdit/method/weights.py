@@ -6,6 +6,8 @@ Symbols: N output features, K input features, C groups of input features, b bits
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -172,6 +174,21 @@ def round_second_order(weight: torch.Tensor, grid: WeightGrid, second_moment: to
     return ErrorSpread.of(second_moment).rounded(weight, grid)
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """PyTorch on one thread of the CPU, for many small steps.
+
+    Several would wait for each other after every step, and where something else has a core, for that: many times as
+    long as one thread takes.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @dataclass(frozen=True)
 class ErrorSpread:
     """How second-order rounding passes errors on, the same for all channels of an input, factored once.
@@ -200,11 +217,12 @@ class ErrorSpread:
         for start in range(0, left.shape[1], block):
             stop = min(start + block, left.shape[1])
             errors = torch.zeros(len(left), stop - start, device=left.device)
-            for k in range(start, stop):
-                column, own = left[:, k : k + 1], WeightGrid(grid.bits, scale[:, k], zero[:, k])
-                rounded[:, k : k + 1] = own.quantize(column)
-                error = (column - own.dequantize(rounded[:, k : k + 1])) / spread[k, k]
-                left[:, k:stop] -= error @ spread[k : k + 1, k:stop]
-                errors[:, k - start] = error[:, 0]
+            with _one_thread():
+                for k in range(start, stop):
+                    column, own = left[:, k : k + 1], WeightGrid(grid.bits, scale[:, k], zero[:, k])
+                    rounded[:, k : k + 1] = own.quantize(column)
+                    error = (column - own.dequantize(rounded[:, k : k + 1])) / spread[k, k]
+                    left[:, k:stop] -= error @ spread[k : k + 1, k:stop]
+                    errors[:, k - start] = error[:, 0]
             left[:, stop:] -= errors @ spread[start:stop, stop:]
         return rounded[:, order.argsort()]

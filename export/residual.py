@@ -62,7 +62,7 @@ def _sum_of(y: str, values: Values) -> dict[str, onnx.NodeProto]:
     floats = [name for name in (residual, gate, total.output[0]) if name is not None]
     if any(values.type(name) != TensorProto.FLOAT for name in floats) or not _fit(y, residual, gate, values):
         return {}
-    written, swapped = _swapped(total.output[0], values)
+    written, swapped = _swapped(total.output[0], y, values)
     attributes = {"plugin_version": PLUGIN_VERSION, "plugin_namespace": "", "gated": int(gate is not None)}
     inputs = [residual, y, *([] if gate is None else [gate])]
     return {
@@ -77,7 +77,7 @@ def _fit(y: str, residual: str, gate: str | None, values: Values) -> bool:
     shape, other = values.shape(y), values.shape(residual)
     if shape is None or other is None or len(shape) != 3 or len(other) != 3 or not shape[2]:
         return False
-    if any(one and two and one != two for one, two in zip(shape, other, strict=True)):
+    if not all(_same(*extents) for extents in zip(shape, other, strict=True)):
         return False
     if gate is None:
         return True
@@ -86,15 +86,23 @@ def _fit(y: str, residual: str, gate: str | None, values: Values) -> bool:
     return groups == 1 or (groups is not None and (shape[0] != 1 if groups == 0 else shape[0] in (0, groups)))
 
 
-def _swapped(total: str, values: Values) -> tuple[str, int]:
-    """What a sum [B · P, Q, K] is made of by swapping P and Q, with P; itself and 0 where it is not, or not alone."""
+def _same(one: int, other: int) -> bool:
+    """Whether two extents are one, as far as they are known; what a 1 is added to may be more."""
+    return one == other or (0 in (one, other) and 1 not in (one, other))
+
+
+def _swapped(total: str, y: str, values: Values) -> tuple[str, int]:
+    """What a sum [B · P, Q, K] becomes by swapping P and Q, with P; itself and 0 where it does not, or not alone.
+
+    Q and K are y's, which is what the node is written out of again.
+    """
     apart = values.only_reader(total, "Reshape")
     transpose = None if apart is None else values.only_reader(apart.output[0], "Transpose")
     together = None if transpose is None else values.only_reader(transpose.output[0], "Reshape")
     if apart is None or transpose is None or together is None:
         return total, 0
     perm = next((list(a.ints) for a in transpose.attribute if a.name == "perm"), None)
-    shape, axes, rows = (values.shape(name) for name in (total, apart.output[0], together.output[0]))
+    shape, axes, rows = (values.shape(name) for name in (y, apart.output[0], together.output[0]))
     if perm != _SWAP or shape is None or axes is None or rows is None or len(axes) != 4 or len(rows) != 3:
         return total, 0
     outer, inner, features = axes[1:]

@@ -35,15 +35,20 @@ SWAP = (
 SHAPES = {"apart": [-1, 2, 4, K], "together": [-1, 2, K]}
 
 
-def graph_of(*nodes: onnx.NodeProto, **constants: np.ndarray | Sequence[int]) -> onnx.ModelProto:
-    """A strongly typed graph of nodes that make ``y`` of ``x`` [B, 4, K], with constants."""
+def graph_of(
+    *nodes: onnx.NodeProto,
+    inputs: dict[str, list[int | str]] | None = None,
+    **constants: np.ndarray | Sequence[int],
+) -> onnx.ModelProto:
+    """A strongly typed graph of nodes that make ``y`` of ``x`` [B, 4, K] or of other inputs, with constants."""
     held = {name: np.asarray(v, None if isinstance(v, np.ndarray) else np.int64) for name, v in constants.items()}
     value, batch = onnx.helper.make_tensor_value_info, ["batch", 4, K]
     y = ["rows", *constants["together"][1:]] if "together" in constants else batch
+    given = {"x": batch} if inputs is None else inputs
     graph = onnx.helper.make_graph(
         nodes,
         "g",
-        [value("x", TensorProto.FLOAT, batch)],
+        [value(name, TensorProto.FLOAT, shape) for name, shape in given.items()],
         [value("y", TensorProto.FLOAT, y)],
         [onnx.numpy_helper.from_array(array, name) for name, array in held.items()],
     )
@@ -141,6 +146,18 @@ ALONE: dict[str, tuple[tuple[onnx.NodeProto, ...], dict[str, np.ndarray]]] = {
         (LAYER, make("Add", ["a", "token"], ["y"])),
         {"token": np.ones((1, 1, K), np.float32)},
     ),
+    "a layer of one batch": (
+        (
+            make("ReduceMean", ["x", "batch"], ["b"], keepdims=1),
+            call("b", "a", "layer"),
+            make("Add", ["x", "a"], ["y"]),
+        ),
+        {"batch": np.array([0])},
+    ),
+    "a residual of one batch": (
+        (make("ReduceMean", ["x", "batch"], ["b"], keepdims=1), LAYER, make("Add", ["b", "a"], ["y"])),
+        {"batch": np.array([0])},
+    ),
     "the layer twice": ((LAYER, make("Add", ["a", "a"], ["y"])), {}),
 }
 
@@ -150,6 +167,16 @@ def test_what_is_left_alone(case: str):
     nodes, constants = ALONE[case]
     typed = graph_of(*nodes, **constants)
     assert not sums(with_residuals(typed))
+
+
+def test_tokens_that_are_not_known_are_not_swapped():
+    """A 0 in a Reshape is no extent, and of the layer's tokens alone the node is written out again."""
+    unknown, known = ["batch", "tokens", K], ["batch", 4, K]
+    for x, z, inner in ((unknown, unknown, 0), (known, unknown, 4)):
+        nodes = call("z", "a", "layer"), make("Add", ["x", "a"], ["sum"]), *SWAP
+        typed = graph_of(*nodes, inputs={"x": x, "z": z}, **(SHAPES | {"apart": [-1, 2, inner, K]}))
+        ((_, outputs, attributes),) = sums(with_residuals(typed))
+        assert (outputs, attributes["swapped"]) == (["sum"], 0)
 
 
 @pytest.mark.parametrize(("family", "gated", "plain", "swapped"), [("wan", 4, 2, 0), ("latte", 4, 1, 2)])

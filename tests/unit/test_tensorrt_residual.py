@@ -116,7 +116,7 @@ def test_well_formed_inputs_are_taken(residual, dtype):
             "got gate of [2, 1, 24] for a residual of [6, 5, 24], expected [B, 1, K] or [1, 1, K] for [B, L, K]: ",
         ),
         ({}, [*GATED[:2], tensor(F32, B, L, K)], "got gate of [6, 5, 24] for a residual of [6, 5, 24], expected [B, 1"),
-        ({"swapped": 4}, GATED, "got a residual of [6, 5, 24], expected [B · 4, L, K]: give it a video of that many"),
+        ({"swapped": 4}, GATED, "got a residual of [6, 5, 24], expected [B · 4, L, K]: give it a video of the size"),
     ],
 )
 def test_inputs_that_do_not_fit_are_named(residual, attributes, tensors, message):

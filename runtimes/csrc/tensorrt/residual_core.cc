@@ -64,7 +64,7 @@ bool check_inputs(const ResidualAttributes& attributes, const Tensor* inputs, in
   }
   const int64_t leading = residual.dims[0], outer = attributes.swapped;
   return outer == 0 || leading == kUnknown || leading % outer == 0 ||
-         refuse(refusal, "got a residual of %s, expected [B · %lld, L, K]: give it a video of that many frames",
+         refuse(refusal, "got a residual of %s, expected [B · %lld, L, K]: give it a video of the size it was made for",
                 shape_text(residual.dims, residual.rank).text, static_cast<long long>(outer));
 }
 

@@ -10,8 +10,8 @@ unless the recipe asks for theirs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,6 +26,8 @@ Records = dict[str, torch.Tensor]
 """Recorded inputs by name, the records first."""
 
 _TARGET = "target"  # the teacher's output, beside the inputs
+
+Result = TypeVar("Result")
 
 
 def frame_relations(features: torch.Tensor) -> torch.Tensor:
@@ -73,8 +75,9 @@ def distil(
 ) -> float:
     """Train the layers inside the student, in place; returns the last step's loss.
 
-    groups: calibration records on the CPU, equal shapes together. Deterministic under the seed on a CPU; on a GPU the
-    gradient of attention is not.
+    groups: calibration records on the CPU, equal shapes together. A batch that a GPU does not hold is computed in
+    pieces, at last with the blocks' inputs alone kept for the gradient; one record that does not fit raises QvditError.
+    Deterministic under the seed on a CPU; on a GPU the gradient of attention is not.
     """
     device = next(student.parameters()).device
     batches = _draw_batches(groups, block.batch, steps, torch.Generator().manual_seed(seed))
@@ -86,19 +89,29 @@ def distil(
     optimizer = torch.optim.AdamW(_parameter_groups(layers, block), weight_decay=0.0, fused=device.type == "cuda")
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     compile_blocks(student, adapter)
-    loss = torch.tensor(math.nan)
+    loss, pieces, relieve = torch.tensor(math.nan), 1, _Checkpointing(student)
     for step, (i, rows) in enumerate(batches):
         progress(step, steps)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * 0.5 * (1 + math.cos(math.pi * step / steps))
         index = torch.tensor(rows, device=sets[i][_TARGET].device)
-        batch = {name: tensor[index].to(device) for name, tensor in sets[i].items()}
-        with fast_arithmetic(device):
-            loss = _loss(student, batch.pop(_TARGET), adapter, config, batch, block)
-            loss.backward()
+
+        def gradients(pieces: int, records: Records = sets[i], index: torch.Tensor = index) -> torch.Tensor:
+            optimizer.zero_grad(set_to_none=True)
+            total = torch.zeros((), device=device)
+            for part in index.chunk(pieces):
+                batch = {name: tensor[part].to(device) for name, tensor in records.items()}
+                with fast_arithmetic(device):
+                    loss = _loss(student, batch.pop(_TARGET), adapter, config, batch, block)
+                    loss = loss if len(part) == len(index) else loss * (len(part) / len(index))
+                    loss.backward()
+                total = total + loss.detach()
+            return total
+
+        loss, pieces = in_pieces(gradients, pieces, len(rows), relieve)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=True)
     progress(steps, steps)
     for layer in layers:
         layer.quantize_activations = True
@@ -127,15 +140,54 @@ def _with_targets(
     """The records with the teacher's output for those that are used: it is run once, not in every step."""
     if not used:
         return records
-    outputs = []
-    for start in range(0, len(used), batch):
-        inputs = {name: tensor[used[start : start + batch]].to(device) for name, tensor in records.items()}
-        outputs.append(teacher(**inputs, return_dict=False)[0].float().cpu())
-    seen = torch.cat(outputs)
+
+    def outputs(pieces: int) -> torch.Tensor:
+        made, together = [], -(-batch // pieces)
+        for start in range(0, len(used), together):
+            inputs = {name: tensor[used[start : start + together]].to(device) for name, tensor in records.items()}
+            made.append(teacher(**inputs, return_dict=False)[0].float().cpu())
+        return torch.cat(made)
+
+    seen, _ = in_pieces(outputs, 1, batch)
     target = seen.new_zeros(len(records["hidden_states"]), *seen.shape[1:])
     target[used] = seen
     found = {**records, _TARGET: target}
     return {name: tensor.to(device) for name, tensor in found.items()} if _fits(found, device) else found
+
+
+def in_pieces(
+    work: Callable[[int], Result], pieces: int, most: int, relieve: Callable[[], bool] = lambda: False
+) -> tuple[Result, int]:
+    """Do ``work(pieces)`` in twice as many pieces, ``most`` at last, while a GPU has no room; with the pieces it took.
+
+    relieve: asked where there are no more pieces; whether it has made room, so that it is worth another try.
+    """
+    while True:
+        try:
+            return work(pieces), pieces
+        except torch.OutOfMemoryError as error:
+            if pieces >= most and not relieve():
+                raise QvditError(
+                    f"a GPU that cannot hold one record of the training ({str(error).splitlines()[0]})",
+                    "room for a forward pass and its gradient",
+                    "use a GPU with more memory, shorter or smaller calibration videos, or --distill-steps 0",
+                ) from None
+        torch.cuda.empty_cache()  # now that the error, which held what did not fit, is gone
+        pieces = min(2 * pieces, most)
+
+
+class _Checkpointing:
+    """Lets a model's blocks keep their inputs alone for the gradient and compute the rest again, once."""
+
+    def __init__(self, model: torch.nn.Module):
+        self.model = model
+
+    def __call__(self) -> bool:
+        model: Any = self.model
+        if not getattr(model, "_supports_gradient_checkpointing", False) or model.is_gradient_checkpointing:
+            return False
+        model.enable_gradient_checkpointing()
+        return True
 
 
 def _fits(records: Records, device: torch.device) -> bool:

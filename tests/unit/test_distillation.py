@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from qvdit.contract import QvditError
 from qvdit.method.distillation import (
     _draw_batches,
     _with_targets,
@@ -160,6 +162,56 @@ def test_distillation_changes_the_layers_alone(tiny_wan, inputs):
         assert (layer.inner_b != 0).any()
         assert layer.quantize_activations
         assert not any(parameter.requires_grad for parameter in layer.parameters())
+
+
+def holding(records: int) -> Any:
+    """A hook that has no room for more records, or for one until its model's blocks are checkpointed (0)."""
+
+    def hook(model: Any, _: Any, kwargs: dict[str, torch.Tensor]) -> None:
+        if len(kwargs["hidden_states"]) > max(records, 1) or (records == 0 and not model.is_gradient_checkpointing):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate much.\nAnd more.")
+
+    return hook
+
+
+@pytest.mark.parametrize(("records", "checkpointed"), [(3, False), (1, False), (0, True)])
+def test_a_batch_that_does_not_fit_is_computed_in_pieces(tiny_wan, inputs, records, checkpointed):
+    """The gradient is the whole batch's, but for rounding."""
+    whole, small = Trial(tiny_wan, inputs), Trial(tiny_wan, inputs)
+    loss = whole.distil(steps=1)
+    handle = small.student.register_forward_pre_hook(holding(records), with_kwargs=True)
+    assert small.distil(steps=1) == pytest.approx(loss, rel=5e-3)  # 100 x a difference of logarithms
+    handle.remove()
+    assert small.student.is_gradient_checkpointing == checkpointed
+    for ours, theirs in zip(small.layers, whole.layers, strict=True):  # a first step of AdamW goes by the sign alone
+        same = torch.isclose(ours.inner_b, theirs.inner_b, rtol=0.01, atol=1e-5)
+        assert (theirs.inner_b != 0).any()
+        assert same.float().mean() > 0.97
+
+
+def test_a_teacher_runs_in_pieces_too(tiny_wan, inputs):
+    expected = Trial(tiny_wan, inputs).distil(steps=1)
+    handle = tiny_wan.register_forward_pre_hook(holding(2), with_kwargs=True)
+    try:
+        trial = Trial(tiny_wan, inputs)
+        trial.student._forward_pre_hooks.clear()  # its copy's
+        trial.student._forward_pre_hooks_with_kwargs.clear()
+        assert trial.distil(steps=1) == pytest.approx(expected, rel=5e-3)
+    finally:
+        handle.remove()
+
+
+def test_one_record_that_does_not_fit_is_a_sentence(tiny_wan, inputs):
+    trial = Trial(tiny_wan, inputs)
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate much.\nAnd more.")
+
+    trial.student.register_forward_pre_hook(full)
+    with pytest.raises(QvditError, match=r"cannot hold one record of the training \(CUDA out of memory") as caught:
+        trial.distil(steps=1)
+    assert "--distill-steps 0" in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_distillation_follows_its_seed(tiny_wan, inputs):

@@ -233,15 +233,29 @@ def _forget_invented(value: onnx.ValueInfoProto) -> None:
 
 
 def with_peaks(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, str]]:
-    """A copy of a float32 model that also gives every float value's largest magnitude: value → output, float32 []."""
+    """A copy of a float32 model that also gives every float value's largest magnitude: value → output, float32 [].
+
+    Each is measured right after it is written: nodes run in their order, and a value is kept until its last reader.
+    """
     measuring = onnx.ModelProto()
     measuring.CopyFrom(model)
     graph = measuring.graph
     typed = onnx.shape_inference.infer_shapes(model).graph
     values = (*typed.input, *typed.value_info, *typed.output)
     peaks = {v.name: f"{v.name}:peak" for v in values if v.type.tensor_type.elem_type == FLOAT}
-    for name, peak in peaks.items():
-        graph.node.append(onnx.helper.make_node("Abs", [name], [f"{name}:magnitude"]))
-        graph.node.append(onnx.helper.make_node("ReduceMax", [f"{name}:magnitude"], [peak], keepdims=0))
-        graph.output.append(onnx.helper.make_tensor_value_info(peak, FLOAT, []))
+    written = {name for node in graph.node for name in node.output}
+    nodes = [node for name in peaks if name not in written for node in _peak(name, peaks[name])]
+    for node in graph.node:
+        nodes += [node, *(peak for name in node.output if name in peaks for peak in _peak(name, peaks[name]))]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    graph.output.extend(onnx.helper.make_tensor_value_info(peak, FLOAT, []) for peak in peaks.values())
     return measuring, peaks
+
+
+def _peak(name: str, peak: str) -> list[onnx.NodeProto]:
+    magnitude = f"{name}:magnitude"
+    return [
+        onnx.helper.make_node("Abs", [name], [magnitude]),
+        onnx.helper.make_node("ReduceMax", [magnitude], [peak], keepdims=0),
+    ]

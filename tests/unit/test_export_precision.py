@@ -239,3 +239,17 @@ def test_a_model_that_is_not_finite_is_refused(tmp_path: Path) -> None:
     with pytest.raises(QvditError, match="'y' is not finite"):
         largest_values(path, {"x": np.zeros((2, 4), np.float32)}, 1)
     assert [p.name for p in tmp_path.iterdir()] == ["baseline.onnx"]
+
+
+def test_magnitudes_are_measured_right_after_their_values_are_written():
+    """Else every activation is kept until the last one is there."""
+    value = onnx.helper.make_tensor_value_info
+    nodes = [onnx.helper.make_node("Neg", [f"v{i}"], [f"v{i + 1}"]) for i in range(3)]
+    ends = [value("v0", TensorProto.FLOAT, [2])], [value("v3", TensorProto.FLOAT, [2])]
+    chain = onnx.helper.make_graph(nodes, "g", *ends)
+    model = onnx.helper.make_model(chain, opset_imports=[onnx.helper.make_opsetid("", 21)])
+    measuring, peaks = precision.with_peaks(model)
+    assert set(peaks) == {"v0", "v1", "v2", "v3"}
+    order = [node.output[0] for node in measuring.graph.node if node.op_type != "Abs"]
+    assert order == ["v0:peak", "v1", "v1:peak", "v2", "v2:peak", "v3", "v3:peak"]
+    onnx.checker.check_model(measuring)

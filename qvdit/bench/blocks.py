@@ -191,7 +191,7 @@ def low_bit(site: Site, linear: torch.nn.Linear, frames: int) -> LowBitLayer:
 
 _PARTS = (  # by what a kernel's name holds, first match wins: attention's kernels name CUTLASS too
     ("attention", ("flash", "fmha", "sdpa", "attention")),
-    ("quantization", ("quantize_rows", "quantize_halves", "unpack_weight")),
+    ("quantization", ("quantize_rows", "quantize_halves", "quantize_groups", "unpack_weight")),
     ("GEMM", ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk")),
 )
 

@@ -1,7 +1,7 @@
 // qvdit_quantize_rows: checks the arguments and chooses the kernel.
 #include <algorithm>
 
-#include "quantize_halves.cuh"
+#include "quantize_groups.cuh"
 
 namespace {
 
@@ -53,8 +53,7 @@ int dynamic_shared_limit(const void* kernel) {
   return most - static_cast<int>(declared.sharedSizeBytes);
 }
 
-int groups_sharing_alpha(const void* kernel, int warps, int most_groups, int staging, int alpha) {
-  constexpr int kFewestWarps = 10;
+int groups_a_block(const void* kernel, int warps, int most_groups, int staging, int alpha) {
   constexpr int kReserved = 1 << 10;  // bytes a block, by CUDA
   int device = 0, all_shared = 0, all_registers = 0;
   cudaFuncAttributes declared = {};
@@ -68,7 +67,7 @@ int groups_sharing_alpha(const void* kernel, int warps, int most_groups, int sta
     return 0;
   }
   const int limit = dynamic_shared_limit(kernel), all_warps = all_registers / (32 * declared.numRegs);
-  int best = 0, most_warps = kFewestWarps - 1;
+  int best = 0, most_warps = 0;
   for (int groups = 1; groups <= most_groups && groups * warps <= kMaxWarps; ++groups) {
     const int shared = groups * staging + alpha;
     if (shared > limit) break;
@@ -115,11 +114,18 @@ extern "C" int32_t qvdit_quantize_rows(const qvdit_quantize_args* args, void* st
   if (args->frame_gain) {
     params.tokens = qvdit::Divisor(static_cast<uint32_t>(args->tokens_per_frame));
     params.frames = qvdit::Divisor(static_cast<uint32_t>(args->frames));
+    params.ranks = qvdit::Divisor(static_cast<uint32_t>(std::max<int64_t>(args->ranks_per_gain, 1)));
   }
+  params.modulated = qvdit::Divisor(static_cast<uint32_t>(std::min<int64_t>(args->rows_per_modulation, INT32_MAX)));
   const bool as_it_is = args->prologue == QVDIT_PLAIN && !args->inv_smooth && args->rotation <= 1 && !args->transformed;
   if (as_it_is && params.vectorized && args->x_dtype != QVDIT_F32) {
-    return args->x_dtype == QVDIT_F16 ? qvdit::quantize_f16(params, static_cast<cudaStream_t>(stream))
-                                      : qvdit::quantize_bf16(params, static_cast<cudaStream_t>(stream));
+    bool fits = args->rank <= 1;
+    if (fits) {
+      return args->x_dtype == QVDIT_F16 ? qvdit::quantize_f16(params, static_cast<cudaStream_t>(stream))
+                                        : qvdit::quantize_bf16(params, static_cast<cudaStream_t>(stream));
+    }
+    const int32_t status = qvdit::quantize_groups(params, fits, static_cast<cudaStream_t>(stream));
+    if (fits) return status;
   }
   switch (args->prologue) {
     case QVDIT_PLAIN:

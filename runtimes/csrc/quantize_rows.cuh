@@ -55,9 +55,10 @@ struct Divisor {
 struct QuantizeParams {
   qvdit_quantize_args args;
   int64_t k_pad;
-  float levels;     // what the range is divided by: 127 or 31; asymmetric 255 or 63
-  bool vectorized;  // every array may be read 16 bytes at a time, and K is a multiple of 8
-  Divisor tokens, frames;
+  float levels;                   // what the range is divided by: 127 or 31; asymmetric 255 or 63
+  bool vectorized;                // every array may be read 16 bytes at a time, and K is a multiple of 8
+  Divisor tokens, frames, ranks;  // tokens_per_frame, frames, ranks_per_gain
+  Divisor modulated;              // rows_per_modulation
 };
 
 // (a, b) → (a + b, a - b)
@@ -69,6 +70,26 @@ __device__ __forceinline__ void add_and_subtract(float& a, float& b) {
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+// Two 16-bit elements in a word.
+template <typename In>
+struct Halves;
+
+template <>
+struct Halves<__half> {
+  using Two = __half2;
+  static __device__ __forceinline__ float2 floats(uint32_t word) {
+    return __half22float2(reinterpret_cast<const __half2&>(word));
+  }
+};
+
+template <>
+struct Halves<__nv_bfloat16> {
+  using Two = __nv_bfloat162;
+  static __device__ __forceinline__ float2 floats(uint32_t word) {
+    return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
+  }
+};
 
 // Eight elements from row[k] on; those from K on are 0.
 template <bool kVectorized, typename In>
@@ -180,14 +201,25 @@ __device__ __forceinline__ void walsh_hadamard(Values& values, int block, int la
   }
 }
 
-// What happens to x before quantization. Each leaves the elements from K on 0.
+// What happens to x before quantization. Each leaves the elements from K on 0. registers: that a thread of so many
+// vectors should have, by times on an H200 that is kept hot (2026-11-28, µs, 32768 rows, rank 1; with 64 | 80 | 96).
+// Some bytes of what is the same for all rows are then spilled; with registers for them fewer warps run, and GELU of
+// K = 4608 takes 307.
+//
+//   LayerNorm, K = 1152, float32    162 | 137 | 117     LayerNorm, K = 3072, bf16      226 | 223 |
+//   LayerNorm, K = 1536, float32    155 | 157 | 170     GELU, K = 4608, bf16           268 | 256 | 275
+//   LayerNorm, K = 5120, bf16           | 391 | 381     GELU, K = 8960, bf16           519 | 510 | 583
 struct Plain {
+  static constexpr int registers(int vectors) { return vectors == 3 ? 64 : 80; }
+
   template <typename Values>
   static __device__ __forceinline__ void apply(Values&, RowThreads&, const QuantizeParams&) {}
 };
 
 struct Gelu {
-  // 0.5 x (1 + tanh u) = x / (1 + exp(-2 u)), u = √(2/π) (x + 0.044715 x³)
+  static constexpr int registers(int vectors) { return vectors == 3 ? 64 : 80; }
+
+  // 0.5 x (1 + tanh u) = x / (1 + 2^e), e = -2 u / ln 2, u = √(2/π) (x + 0.044715 x³)
   template <typename Values>
   static __device__ __forceinline__ void apply(Values& values, RowThreads&, const QuantizeParams&) {
 #pragma unroll
@@ -195,14 +227,19 @@ struct Gelu {
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
         const float x = values.x[v][i];
-        const float minus_2u = x * (-1.5957691216057308f - 0.07135481282553464f * x * x);
-        values.x[v][i] = __fdividef(x, 1.f + __expf(minus_2u));
+        const float exponent = x * fmaf(-0.10294324f, x * x, -2.3022082f);
+        float power, inverse;  // past the greatest float Inf, and 0
+        asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(exponent));
+        asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1.f + power));
+        values.x[v][i] = x * inverse;
       }
     }
   }
 };
 
 struct LayerNormModulate {
+  static constexpr int registers(int vectors) { return vectors == 3 ? 64 : vectors == 4 ? 80 : 96; }
+
   // Two passes over the registers: the variance is that of x - mean, so it never cancels.
   template <typename Values>
   static __device__ __forceinline__ void apply(Values& values, RowThreads& threads, const QuantizeParams& params) {
@@ -221,13 +258,14 @@ struct LayerNormModulate {
     for (int v = 0; v < Values::kVectors; ++v) {
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
-        const float centred = values.k(v) + i < features ? values.x[v][i] - mean : 0.f;
+        const bool inside = values.k(v) + (Values::kVectorized ? 0 : i) < features;
+        const float centred = inside ? values.x[v][i] - mean : 0.f;
         squares += centred * centred;
         values.x[v][i] = centred;
       }
     }
     const float deviation = rsqrtf(threads.reduce<true>(squares) * per_feature + args.epsilon);
-    const int64_t modulation = values.row / args.rows_per_modulation * args.modulation_stride;
+    const int64_t modulation = params.modulated.quotient(values.row) * args.modulation_stride;
 #pragma unroll
     for (int v = 0; v < Values::kVectors; ++v) {
       float scale[kVector] = {}, shift[kVector] = {};
@@ -395,7 +433,7 @@ __device__ __forceinline__ void quantize_row(Values& values, RowThreads threads,
   int sum = 0;  // of what is stored
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
-    float(&centred)[kVector] = values.x[v];  // from here on kRounder + x_q - zero
+    float (&centred)[kVector] = values.x[v];  // from here on kRounder + x_q - zero
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       centred[i] = rounder_plus_quotient(centred[i], grid.divisor, grid.reciprocal);
@@ -449,8 +487,8 @@ __device__ __forceinline__ void quantize_row(Values& values, RowThreads threads,
     for (int w = 0; w < warps; ++w) dot += partial_u[threads.first + w][lane];
     float u = grid.scale * dot;
     if (args.frame_gain) {
-      const uint32_t frames = args.frames, frame = row / static_cast<uint32_t>(args.tokens_per_frame) % frames;
-      u *= __ldg(args.frame_gain + lane / static_cast<uint32_t>(args.ranks_per_gain) * frames + frame);
+      const uint32_t frame = params.frames.remainder(params.tokens.quotient(row));
+      u *= __ldg(args.frame_gain + params.ranks.quotient(lane) * static_cast<uint32_t>(args.frames) + frame);
     }
     args.u[static_cast<int64_t>(lane) * args.m + row] = u;
   }
@@ -468,7 +506,7 @@ __device__ __forceinline__ void quantize_row(Values& values, RowThreads threads,
 // A block takes every gridDim.x-th group of rows. What it shares is written again only after a barrier that comes after
 // the last reading of it: each row's first reduction (or warp) for partial_u, its end for the reductions' places.
 template <typename In, typename Prologue, int kVectors, bool kVectorized, bool kSymmetric>
-__global__ void __launch_bounds__(32 * max_warps(kVectors), 1)
+__global__ void __maxnreg__(kVectorized ? Prologue::registers(kVectors) : 128)
     quantize_rows_kernel(const __grid_constant__ QuantizeParams params) {
   let_next_kernel_start();
   extern __shared__ uint4 staging[];
@@ -494,6 +532,8 @@ __global__ void __launch_bounds__(32 * max_warps(kVectors), 1)
   if constexpr (kVectorized) staged.fetch(start_of(first), values, features);
 #pragma unroll 1
   for (; first < rows; first += step) {
+    // Else what follows from it is computed once, before the loop, and kept in more registers than there are.
+    asm volatile("" : "+r"(values.first));
     __syncwarp();  // what a row of one warp shares has been read by all of its lanes
     if constexpr (kVectorized) {
       staged.read(values, features);
@@ -515,16 +555,18 @@ int dynamic_shared_limit(const void* kernel);
 // How many blocks of a kernel run at once on the current device; lets it have the most shared memory it may ask for.
 int32_t resident_blocks(const void* kernel, int threads, int shared, int most_shared, int& blocks);
 
-// Vectors a thread, where inputs are not rotated: the count that leaves the fewest threads without work; of equals the
-// smallest, for more warps.
+// Vectors a thread, where inputs are not rotated: what costs a row's warps least. Beside its vectors a warp has to find
+// a row's maximum and scale, which takes as long as two of them (measured as above: this chose the fastest of 3, 4 and
+// 5 at each of eight sizes).
 inline int vectors_per_thread(int64_t k_pad) {
-  const int64_t vectors = k_pad / kVector;
+  constexpr int kOverhead = 2;
   int best = 0;
   int64_t least = 0;
-  for (int candidate : {3, 4, 5}) {
-    const int64_t slots = (vectors + 32 * candidate - 1) / (32 * candidate) * 32 * candidate;
-    if (slots > 32 * candidate * max_warps(candidate)) continue;
-    if (best == 0 || slots < least) best = candidate, least = slots;
+  for (int candidate : {5, 4, 3}) {
+    const int64_t held = 32 * candidate * kVector, warps = (k_pad + held - 1) / held;
+    if (warps > max_warps(candidate)) continue;
+    const int64_t cost = warps * (candidate + kOverhead);
+    if (best == 0 || cost < least) best = candidate, least = cost;
   }
   return best;
 }
@@ -576,11 +618,13 @@ int32_t launch_quantize(const QuantizeParams& params, cudaStream_t stream) {
   }
 }
 
-// One file each, so that they compile beside each other.
+// One file each, so that they compile beside each other. Of 16-bit rows as they are: quantize_f16 and quantize_bf16 up
+// to rank 1, quantize_groups of higher ranks, where they fit.
 int32_t quantize_plain(const QuantizeParams& params, cudaStream_t stream);
 int32_t quantize_layernorm(const QuantizeParams& params, cudaStream_t stream);
 int32_t quantize_gelu(const QuantizeParams& params, cudaStream_t stream);
 int32_t quantize_f16(const QuantizeParams& params, cudaStream_t stream);
 int32_t quantize_bf16(const QuantizeParams& params, cudaStream_t stream);
+int32_t quantize_groups(const QuantizeParams& params, bool& fits, cudaStream_t stream);
 
 }  // namespace qvdit

@@ -76,7 +76,8 @@ struct qvdit_quantize_args {
   const float* frame_gain;   // [R / ranks_per_gain, T] or null
   int64_t tokens_per_frame;  // P
   int64_t ranks_per_gain;    // rows of alpha that share a row of frame_gain
-  const float* alpha;        // [R, K]: transposed, for 16-byte loads along K. Or null
+  const float* alpha;        // [R, K]: transposed, for 16-byte loads along K. Or null. From R = 2 on each row may be
+                             // rounded to multiples of 2^-30 of its greatest element (2^-126, if that is more)
   int64_t rank;              // R, at most 32
 
   int8_t* x_q;         // [M, K_pad]. Symmetric: x_q; asymmetric: x_q - 128. Columns K … K_pad are 0

@@ -370,7 +370,7 @@ def test_tiles_of_192_columns_refuse_what_they_cannot_express(bits, symmetric, r
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("m", "segment"), [(1, 128), (129, 256), (300, 384), (12_001, 384)])
 def test_linears_below_each_other(m, segment, rank, symmetric):
-    """q, k and v as one call on one quantized x: the same bits as three calls. The last size is of many tiles."""
+    """q, k and v as one product on one quantized x: the same bits as three. The last size is of many tiles."""
     x = torch.randn(m, 96, generator=torch.Generator().manual_seed(m)).bfloat16().cuda()
     layers = [random_layer(segment, 96, 4, symmetric, ("bias", "gain"), rank, seed) for seed in range(3)]
 
@@ -381,9 +381,16 @@ def test_linears_below_each_other(m, segment, rank, symmetric):
             factors["frame_gain"] = torch.stack([on_gpu(layer.frame_gain) for layer in chosen])
         return torch.ops.qvdit.quantize_rows(x, 8, symmetric, tokens_per_frame=2, **factors)
 
-    def linear(tile: int, *chosen: LowBitLayer) -> torch.Tensor:
+    x_q, scale, zero, u, row_sum = quantized(*layers)
+    for alone in map(quantized, layers):  # u may be rounded otherwise: of rank 1 it is a sum in float32
+        for found, expected in zip(alone[:3], (x_q, scale, zero), strict=True):
+            assert torch.equal(found, expected)
+
+    def linear(tile: int, *which: int) -> torch.Tensor:
+        chosen = [layers[i] for i in which]
+        own = torch.cat([u[i * rank : (i + 1) * rank] for i in which])
         return torch.ops.qvdit.low_bit_linear(
-            *quantized(*chosen),
+            *(x_q, scale, zero, own, row_sum),
             torch.cat([packed(layer) for layer in chosen]),
             4,
             96,
@@ -399,13 +406,13 @@ def test_linears_below_each_other(m, segment, rank, symmetric):
     for tile in [Tile.AUTO, *tiles(3 * segment, 2, rank)]:
         if segment % COLUMNS.get(tile, 128):
             with pytest.raises(QvditError, match="segments of"):
-                linear(int(tile), *layers)
+                linear(int(tile), 0, 1, 2)
         else:
-            apart = torch.cat([linear(int(tile), layer) for layer in layers], 1)
+            apart = torch.cat([linear(int(tile), i) for i in range(3)], 1)
             if tile == Tile.AUTO:  # may choose another kernel, which adds the same terms in another order
-                torch.testing.assert_close(linear(0, *layers), apart, rtol=2.0**-7, atol=1e-3)
+                torch.testing.assert_close(linear(0, 0, 1, 2), apart, rtol=2.0**-7, atol=1e-3)
             else:
-                assert torch.equal(linear(int(tile), *layers), apart)
+                assert torch.equal(linear(int(tile), 0, 1, 2), apart)
 
 
 def test_segments_that_split_tiles_are_refused():

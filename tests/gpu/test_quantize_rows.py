@@ -120,25 +120,55 @@ def test_largest_finite_values(symmetric):
     assert_rows_equal(quantize(x, 8, symmetric, row_sums=True), expected, 64, symmetric)
 
 
+def low_rank(
+    rows: operator.QuantizedRows, alpha: torch.Tensor, gain: torch.Tensor | float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """gain · scale · (x_q - zero) alpha in float64, [M, R], and how far float32 may be from it."""
+    factor, integers = rows.scale.double() * gain, rows.centred().double()
+    terms = integers.abs() @ alpha.T.double().abs()
+    # Ranks of two and more are multiplied as integers of 2^-30 of the greatest.
+    rounded = integers.abs().sum(-1, keepdim=True) * (alpha.abs().amax(-1).double() * 2**-30)
+    return factor * (integers @ alpha.T.double()), factor.abs() * (8 * EPS * terms + rounded) + 1e-37
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("rank", [1, 3, 4, 32])
-@pytest.mark.parametrize("k", [33, 1152, 5120])
+@pytest.mark.parametrize("rank", [1, 2, 3, 4, 5, 32])
+@pytest.mark.parametrize("k", [33, 40, 1152, 1920, 3072, 5120, 12288, 16384])
 @pytest.mark.parametrize("frames", [0, 3])
 def test_low_rank_input_side(symmetric, rank, k, frames):
-    m, tokens = 40, 5
+    m, tokens = 41, 5
     x = rows_of_any_kind(m, k, torch.bfloat16, seed=5)
     generator = torch.Generator().manual_seed(6)
     alpha = torch.randn(rank, k, generator=generator)
     gain = torch.randn(frames, generator=generator) if frames else None
     rows = reference_rows(operator.transform(x), 8, symmetric)
-    factor = rows.scale.double()
-    if gain is not None:
-        factor = factor * gain.double()[torch.arange(m) // tokens % frames][:, None]
-    expected = factor * (rows.centred().double() @ alpha.T.double())
-    terms = factor.abs() * (rows.centred().double().abs() @ alpha.T.double().abs())
-    found = quantize(x, 8, symmetric, alpha=alpha, frame_gain=gain, tokens_per_frame=tokens)
+    per_row = 1.0 if gain is None else gain.double()[torch.arange(m) // tokens % frames][:, None]
+    expected, bound = low_rank(rows, alpha, per_row)
+    found = quantize(x, 8, symmetric, alpha=alpha, frame_gain=gain, tokens_per_frame=tokens, row_sums=True)
     assert_rows_equal(found, rows, k, symmetric)
-    assert ((found[3].T.double() - expected).abs() <= 8 * EPS * terms + 1e-37).all()
+    assert ((found[3].T.double() - expected).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("k", [64, 1152, 8960])
+def test_alpha_of_any_size(dtype, symmetric, k):
+    """Each rank has a scale of its own: tiny, nothing at all, huge, and one with a single great element."""
+    x = rows_of_any_kind(50, k, torch.float16, seed=15).clamp(-100, 100).to(dtype)
+    alpha = torch.randn(6, k, generator=torch.Generator().manual_seed(16))
+    alpha *= torch.tensor([1e-28, 1e-15, 0.0, 1.0, 1e25, 1.0])[:, None]
+    alpha[5, k // 3] = 1e5
+    rows = reference_rows(operator.transform(x), 8, symmetric)
+    expected, bound = low_rank(rows, alpha)
+    assert ((quantize(x, 8, symmetric, alpha=alpha)[3].T.double() - expected).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_alpha_without_a_number_makes_its_rank_nan_and_no_other(value):
+    x, alpha = torch.randn(20, 1152).half(), torch.randn(3, 1152)
+    alpha[1, 700] = value
+    u = quantize(x, 8, True, alpha=alpha)[3]
+    assert u.isnan().all(1).tolist() == u.isnan().any(1).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

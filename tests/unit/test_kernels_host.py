@@ -142,6 +142,11 @@ def test_a_named_library_that_is_none(monkeypatch, tmp_path, host):
         cuda.KernelLibrary(Path(host._name))
 
 
+# Bytes a thread may spill. The quantizers' are of what stays the same from row to row: quantize_rows.cuh has the times
+# with registers for them, which are worse.
+MOST_SPILLED = {"quantize_gelu.cu": 80}
+
+
 # One kernel of each kind, one for each generation of GPUs; the GPU build compiles the rest.
 @pytest.mark.parametrize(
     ("source", "architecture"),
@@ -166,5 +171,5 @@ def test_kernels_compile(source, architecture, tmp_path):
     command = [compiler, *options, "-gencode", target, "-c", str(CSRC / source), "-o", str(tmp_path / "kernel.o")]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    spills = [line for line in done.stderr.splitlines() if "spill" in line and not line.strip().startswith("0 bytes")]
-    assert not spills, spills
+    spilled = [int(size) for size in re.findall(r"(\d+) bytes spill stores", done.stderr)]
+    assert max(spilled, default=0) <= MOST_SPILLED.get(source, 0), spilled  # gemm.cu has no kernel

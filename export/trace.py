@@ -7,11 +7,9 @@ afterwards, so that every target and the full-precision baseline share one trace
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import logging
 import warnings
-from typing import Any
 
 import onnx
 import torch
@@ -19,6 +17,7 @@ import torch
 from qvdit.export.attention import TRANSLATIONS
 from qvdit.export.functions import DOMAIN, DOMAIN_VERSION, NODE, OPSET
 from qvdit.models import ModelAdapter
+from qvdit.models.copies import copy_with
 
 OUTPUT = "sample"
 
@@ -55,9 +54,8 @@ def trace(
     called ``sample``. ``inputs`` are an example. fusable_attention: as :mod:`qvdit.export.attention` translates it;
     else as PyTorch does.
     """
-    # The linears are not copied: placeholders take their places, and they are nearly all of a model's weights.
-    places = {id(transformer.get_submodule(name)): _Placeholder(name, n) for name, n in layers.items()}
-    model: Any = copy.deepcopy(transformer, places).cpu().float().eval()
+    placeholders = {name: _Placeholder(name, n) for name, n in layers.items()}
+    model = copy_with(transformer, placeholders).cpu().float().eval()
     adapter.prepare_for_export(model)
     # float32 throughout, time steps included: some schedulers count them in integers, others do not.
     example = {name: inputs[name].cpu().float() for name in adapter.inputs}

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import fnmatch
 import platform
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import date
@@ -38,6 +39,7 @@ from qvdit.contract.kernels import unserved_shape
 from qvdit.contract.layer import Layer, WeightSize, group_size, rotation_block
 from qvdit.method import calibration, quantization, statistics
 from qvdit.method.calibration import Progress, no_progress
+from qvdit.method.started import StartedLayers
 from qvdit.models.loading import WORLD_PIPELINE, SourceModel, find_model
 from qvdit.settings import (
     JobSettings,
@@ -178,30 +180,28 @@ class Job:
         """Quantize, and refine by distillation where there is a budget."""
         steps = self.recipe.distillation_steps(self.device, self.settings.distillation_steps)
         folder = self.out / "quantized"
+        depends = [
+            self.calibration_stages.result("statistics"),
+            dataclasses.asdict(self.recipe),
+            str(self.bits),
+            steps,
+            self.settings.seed,
+            self.device,
+        ]
+        started = StartedLayers(self.work / "started" / self.stages.key("quantize", depends)[:16])
 
         def work() -> None:
             self._withdraw()
             stats = statistics.load(self.calibration_folder / "statistics.safetensors")
             job = quantization.QuantizationJob(self.recipe, self.bits, steps, self.settings.seed)
             layers = quantization.quantize(
-                self.pipeline.transformer, self.source.adapter, stats, self.data, job, progress
+                self.pipeline.transformer, self.source.adapter, stats, self.data, job, progress, started
             )
             fields = (self.source.adapter.family, self.source.fingerprint, self.source.config)
             checkpoint.save(checkpoint.QuantizedCheckpoint(layers, *fields, self.recipe.name, str(self.bits)), folder)
 
-        self.stages.run(
-            "quantize",
-            [
-                self.calibration_stages.result("statistics"),
-                dataclasses.asdict(self.recipe),
-                str(self.bits),
-                steps,
-                self.settings.seed,
-                self.device,
-            ],
-            lambda: [folder / checkpoint.CONFIG, folder / checkpoint.WEIGHTS],
-            work,
-        )
+        self.stages.run("quantize", depends, lambda: [folder / checkpoint.CONFIG, folder / checkpoint.WEIGHTS], work)
+        shutil.rmtree(started.folder.parent, ignore_errors=True)  # this job's, and what others left that were stopped
 
     def trace(self, _: Progress) -> None:
         """Trace the transformer once, for every bit width, and write the full-precision baseline."""

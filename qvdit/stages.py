@@ -40,7 +40,7 @@ class Stages:
 
         depends: JSON-able; name earlier stages in it through :meth:`result`. files: what the stage leaves behind.
         """
-        key = _digest([tool_versions(), name, depends])
+        key = self.key(name, depends)
         marker = self.folder / f"{name}.json"
         done = self._finished(marker, key)
         if done is not None:
@@ -57,6 +57,11 @@ class Stages:
         self.costs[name] = cost
         self._results[name] = _digest(written)
         return True
+
+    @staticmethod
+    def key(name: str, depends: Any) -> str:
+        """What a stage's work depends on, these tools among it, as a digest."""
+        return _digest([tool_versions(), name, depends])
 
     def result(self, name: str) -> str:
         """A digest of what a stage of this job left behind, for later stages to depend on."""

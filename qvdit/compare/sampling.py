@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -18,6 +17,7 @@ from qvdit.method.acceleration import compile_blocks, fast_arithmetic
 from qvdit.method.calibration import Progress
 from qvdit.method.lowbit import FrozenLinear, replace_linears
 from qvdit.models import ModelAdapter
+from qvdit.models.copies import copy_with
 from qvdit.quality import Trial, sample_trial
 
 SIMULATION, KERNELS = "simulation", "kernels"
@@ -68,7 +68,8 @@ def quantized_transformer(
 def _on_kernels(full: torch.nn.Module, layers: tuple[Layer, ...], adapter: ModelAdapter) -> Any:
     from qvdit.runtimes import torch_transformer
 
-    model = copy.deepcopy(full)
+    # Nothing of the linears is read: whatever is installed takes their places, or they are removed.
+    model = copy_with(full, {layer.name: torch.nn.Identity() for layer in layers})
     torch_transformer.install(model, layers, adapter, next(full.parameters()).device, fuse=True)
     return model.eval()
 

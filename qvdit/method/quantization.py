@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +12,13 @@ from qvdit.contract.layer import Layer, rotation_block
 from qvdit.method import operator, tqe, weights
 from qvdit.method.calibration import CalibrationData, Progress, no_progress
 from qvdit.method.distillation import distil
-from qvdit.method.lowbit import replace_linears
 from qvdit.method.recipe import GainStart, Recipe
 from qvdit.method.smoothing import salience, smoothing_scale, weight_salience
+from qvdit.method.started import StartedLayer, StartedLayers
 from qvdit.method.statistics import InputStatistics, Statistics
 from qvdit.method.training import TrainableLinear
 from qvdit.models import TEMPORAL_ROLES, ModelAdapter, Site
+from qvdit.models.copies import copy_with
 
 _GAIN_STARTS: dict[GainStart, float] = {"one": 1.0, "authors": 2.0}
 _GAIN_BATCHES = 8  # recorded steps that the frame gains are fitted on, spread over the calibration data
@@ -41,10 +41,12 @@ def quantize(
     data: CalibrationData,
     job: QuantizationJob,
     progress: Progress = no_progress,
+    started: StartedLayers | None = None,
 ) -> tuple[Layer, ...]:
     """Quantize a transformer's linears; the transformer itself is left as it is.
 
-    ``progress`` counts layers first and then the steps of distillation.
+    ``progress`` counts layers first and then the steps of distillation. ``started``: where each layer is kept once it
+    is rounded, and taken from if it is there already.
     """
     if job.recipe.kind == "static":
         from qvdit.method.static import quantize_static
@@ -63,7 +65,13 @@ def quantize(
     layers = []
     for index, site in enumerate(sites):
         progress(index, total)
-        layers.append(_start(transformer, site, statistics, smoothing.get(site.name), job, frames, generator))
+        device = transformer.get_submodule(site.name).weight.device
+        start = started.load(site.name, generator, device) if started else None
+        if start is None:
+            start = _start(transformer, site, statistics, smoothing.get(site.name), job, generator)
+            if started:
+                started.keep(site.name, start, generator)
+        layers.append(_trainable(site, start, smoothing.get(site.name), job, frames))
     modules = {layer.name: layer for layer in layers}
     gained = [layer for layer in layers if layer.gain is not None]
     if gained and job.recipe.tqe.start == "closed_form":
@@ -152,34 +160,47 @@ def _start(
     statistics: Statistics,
     smooth: torch.Tensor | None,
     job: QuantizationJob,
-    frames: int,
     generator: torch.Generator,
-) -> TrainableLinear:
+) -> StartedLayer:
     """Round one linear, with its rank-R term, and let its bias carry what the recipe wants it to."""
     recipe = job.recipe
     linear = transformer.get_submodule(site.name)
-    rotation = rotation_block(linear.weight.shape[1]) if recipe.rotates(job.bits) else 0
+    rotation = _rotation(linear.weight.shape[1], job)
     prepared = Prepared.of(linear.weight.detach().float(), statistics.of(site), smooth, rotation)
     rounded = _round(prepared, recipe.weight_bits(site.name, job.bits.weight), recipe, generator)
     bias = None if linear.bias is None else linear.bias.detach().float()
     if recipe.weights.bias_correction:  # the mean error is constant, so the bias can carry it
         bias = rounded.error @ prepared.mean if bias is None else bias + rounded.error @ prepared.mean
+    grid = rounded.grid
+    return StartedLayer(rounded.latent, grid.scale, grid.zero, bias, rounded.alpha, rounded.beta)
+
+
+def _rotation(in_features: int, job: QuantizationJob) -> int:
+    """Features a block of the rotation of a layer's input; 0: none."""
+    return rotation_block(in_features) if job.recipe.rotates(job.bits) else 0
+
+
+def _trainable(
+    site: Site, start: StartedLayer, smooth: torch.Tensor | None, job: QuantizationJob, frames: int
+) -> TrainableLinear:
+    """A started layer with what the recipe alone decides."""
+    recipe, device = job.recipe, start.latent.device
     gain = None
-    if rounded.alpha is not None and _has_gain(site, recipe):
-        gain = torch.full((frames,), _GAIN_STARTS[recipe.tqe.gain_start], device=linear.weight.device)
+    if start.alpha is not None and _has_gain(site, recipe):
+        gain = torch.full((frames,), _GAIN_STARTS[recipe.tqe.gain_start], device=device)
     return TrainableLinear(
         site.name,
-        rounded.latent,
-        bias,
-        rounded.grid,
+        start.latent,
+        start.bias,
+        weights.WeightGrid(recipe.weight_bits(site.name, job.bits.weight), start.scale, start.zero),
         job.bits.act,
         job.bits.act >= recipe.activations.symmetric_from,
         site.rows,
         None if smooth is None else 1 / smooth,
-        rounded.alpha,
-        rounded.beta,
+        start.alpha,
+        start.beta,
         gain,
-        rotation,
+        _rotation(start.latent.shape[1], job),
     )
 
 
@@ -292,11 +313,10 @@ def _distil(
 ) -> None:
     """Refine the layers against the full-precision model."""
     device = next(transformer.parameters()).device
-    student: Any = copy.deepcopy(transformer)
     generator = torch.Generator().manual_seed(job.seed)
     for layer in layers:
         layer.add_inner_term(min(job.recipe.tqe.inner_rank, layer.in_features, layer.out_features), generator)
-    replace_linears(student, {layer.name: layer.to(device) for layer in layers})
+    student = copy_with(transformer, {layer.name: layer.to(device) for layer in layers})
     student.requires_grad_(False)
     distil(
         student,

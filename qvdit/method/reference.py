@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +12,7 @@ from qvdit.contract import FrameRows
 from qvdit.contract.layer import Layer
 from qvdit.contract.parity import LayerOutputs, LayerReference
 from qvdit.method.lowbit import FrozenLinear, LowBitLinear, StaticInt8Linear, frozen_linear
+from qvdit.models.copies import copy_with
 
 Visit = Callable[[LayerReference], None]
 
@@ -22,8 +22,7 @@ _SAVED_TOKENS = 4  # tokens kept of every frame in a bundle's parity files
 def quantized_transformer(transformer: torch.nn.Module, layers: tuple[Layer, ...]) -> Any:
     """A copy of a transformer with its linears replaced by frozen layers: their weights are not copied."""
     device = next(transformer.parameters()).device
-    places = {id(transformer.get_submodule(layer.name)): frozen_linear(layer).to(device) for layer in layers}
-    return copy.deepcopy(transformer, places).eval()
+    return copy_with(transformer, {layer.name: frozen_linear(layer).to(device) for layer in layers}).eval()
 
 
 @torch.no_grad()

@@ -222,3 +222,14 @@ def test_the_statistic_decides_the_smoothing(make):
     ]
     for first, second in ((0, 1), (0, 2), (1, 2)):
         assert not np.array_equal(found[first], found[second])
+
+
+def test_distillation_copies_no_linear(make, wan_model, monkeypatch):
+    def refuse(_):
+        raise AssertionError("a linear that is replaced was copied")
+
+    linears = {site.name: wan_model.get_submodule(site.name) for site in ADAPTER.sites(wan_model)}
+    for linear in linears.values():
+        monkeypatch.setattr(linear, "__deepcopy__", refuse, raising=False)
+    assert make(recipes.load("q-vdit-authors"), "w4a8", 1).keys() == linears.keys()
+    assert all(wan_model.get_submodule(name) is linear for name, linear in linears.items())

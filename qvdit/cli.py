@@ -23,6 +23,7 @@ from qvdit import __version__
 from qvdit.bench.command import app as bench
 from qvdit.contract import ACT_BITS, WEIGHT_BITS, QvditError
 from qvdit.contract.errors import in_one_line
+from qvdit.contract.video import VideoSize
 
 if TYPE_CHECKING:
     from qvdit.job import Job
@@ -69,6 +70,13 @@ PromptCount = Annotated[int | None, typer.Option(min=1, help="Prompts to sample 
 Steps = Annotated[int, typer.Option(min=1, help="Steps of the sampler, for calibration and videos.")]
 Records = Annotated[int, typer.Option(min=1, help="Steps recorded of each calibration trajectory.")]
 Guidance = Annotated[float, typer.Option(help="Classifier-free guidance scale.")]
+Size = Annotated[
+    str | None,
+    typer.Option(
+        help="Frames, height and width of the videos, in pixels, as 17x256x448 (default: the pipeline's own). "
+        "Calibration, parity and the report's videos run at this size; ONNX files keep its number of frames."
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, max=2**31 - 1, help="The same seed gives the same bytes, on a CPU.")]
 Compute = Annotated[str, typer.Option(help="Where calibration and distillation run: auto, cpu or cuda.")]
 DistillSteps = Annotated[
@@ -118,6 +126,7 @@ def _stage_command(last: str) -> Callable[..., None]:
         steps: Steps = 20,
         records: Records = 8,
         guidance: Guidance = 2.5,
+        size: Size = None,
         seed: Seed = 0,
         compute: Compute = "auto",
         distill_steps: DistillSteps = None,
@@ -145,6 +154,7 @@ def _stage_command(last: str) -> Callable[..., None]:
             steps=steps,
             records=records,
             guidance=guidance,
+            size=None if size is None else VideoSize.parse(size),
             seed=seed,
             compute=compute,
             distillation_steps=distill_steps,
@@ -199,6 +209,12 @@ def run(
     ),
     steps: Steps = 20,
     guidance: Guidance = 2.5,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            help="Frames, height and width in pixels, as the bundle was made with (default: the pipeline's own)."
+        ),
+    ] = None,
     seed: Seed = 0,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of ONNX Runtime (default: 2 on a CPU, its own choice on a GPU).")
@@ -224,6 +240,7 @@ def run(
     from qvdit.videos import check_suffix, write_video
 
     check_suffix(out)
+    asked = None if size is None else VideoSize.parse(size)
     transformer = qvdit.runtimes.load(bundle, threads or (2 if device == "cpu" else None), device, engine=engine)
     source = find_model(model or transformer.manifest.model)
     if transformer.manifest.source != source.fingerprint:
@@ -234,7 +251,7 @@ def run(
         pipeline = _with_transformer(source.load(), transformer, device)
     started = time.monotonic()
     with console.status(f"sampling {steps} steps"):
-        video = sample(pipeline, [prompt], steps, guidance, [seed]).cpu()  # a GPU may not have finished before
+        video = sample(pipeline, [prompt], steps, guidance, [seed], asked).cpu()  # a GPU may not have finished before
     seconds = time.monotonic() - started
     write_video(video, out)
     console.print(f"wrote {out}, sampled in {seconds:.1f} s", soft_wrap=True)

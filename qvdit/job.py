@@ -37,6 +37,7 @@ from qvdit.contract.bundle import (
 from qvdit.contract.files import read_json, sha256, write_json
 from qvdit.contract.kernels import unserved_shape
 from qvdit.contract.layer import Layer, WeightSize, group_size, rotation_block
+from qvdit.contract.video import described
 from qvdit.method import calibration, quantization, statistics
 from qvdit.method.calibration import Progress, no_progress
 from qvdit.method.started import StartedLayers
@@ -290,7 +291,7 @@ class Job:
         def work() -> None:
             write_json(path, judge_videos(self.pipeline, self.out, self.trial, videos, self.settings.threads, progress))
 
-        key = [self.stages.result("export"), dataclasses.asdict(self.trial)]
+        key = [self.stages.result("export"), described(self.trial)]
         self.stages.run("quality", key, lambda: [path, videos], work)
         self.report()
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import qvdit.runtimes
 from qvdit.contract.files import finite, write_atomic
 from qvdit.contract.parity import relative_error
+from qvdit.contract.video import VideoSize
 from qvdit.method.calibration import Progress, no_progress, sample
 from qvdit.reference import measure, world
 
@@ -31,6 +32,7 @@ class Trial:
     seeds: tuple[int, ...]
     steps: int
     guidance: float
+    size: VideoSize | None = None  # the pipeline's own when absent
 
     @staticmethod
     def fresh(count: int, seed: int, steps: int, guidance: float, without: tuple[str, ...] = ()) -> Trial:
@@ -52,7 +54,7 @@ class Trial:
         """Several trials of the same sampler as one, one after the other."""
         prompts = tuple(prompt for trial in trials for prompt in trial.prompts)
         seeds = tuple(seed for trial in trials for seed in trial.seeds)
-        return Trial(prompts, seeds, trials[0].steps, trials[0].guidance)
+        return Trial(prompts, seeds, trials[0].steps, trials[0].guidance, trials[0].size)
 
 
 def sample_trial(pipeline: Any, trial: Trial, batch: int, progress: Progress = no_progress) -> torch.Tensor:
@@ -61,7 +63,8 @@ def sample_trial(pipeline: Any, trial: Trial, batch: int, progress: Progress = n
     for start in range(0, len(trial.prompts), batch):
         progress(start, len(trial.prompts))
         part = slice(start, start + batch)
-        frames = sample(pipeline, list(trial.prompts[part]), trial.steps, trial.guidance, list(trial.seeds[part]))
+        prompts, seeds = list(trial.prompts[part]), list(trial.seeds[part])
+        frames = sample(pipeline, prompts, trial.steps, trial.guidance, seeds, trial.size)
         videos.append(frames.float().cpu())
     progress(len(trial.prompts), len(trial.prompts))
     return torch.cat(videos)

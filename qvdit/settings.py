@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from qvdit.contract import QvditError
+from qvdit.contract.video import VideoSize
 from qvdit.export.devices import EdgeDevice, find_device
 from qvdit.method import recipe as recipes
 from qvdit.method.calibration import CalibrationPlan, read_prompts
@@ -36,6 +37,7 @@ class JobSettings:
     steps: int = 20
     records: int = 8
     guidance: float = 2.5
+    size: VideoSize | None = None  # of the videos that are sampled; the pipeline's own when absent
     seed: int = 0
     compute: str = "auto"  # where calibration and distillation run
     distillation_steps: int | None = None
@@ -120,6 +122,9 @@ def calibration_plan(settings: JobSettings, source: SourceModel, device: str) ->
             "a text file of prompts that this model is used with",
             "the shipped ones are for the drawn world: give --prompts FILE",
         )
+    if settings.size is not None and source.pipeline == WORLD_PIPELINE:
+        refused = f"--size {settings.size} with {source.name}, which samples videos of one size"
+        raise QvditError(refused, "its own size", "leave out --size")
     prompts = read_prompts(settings.prompts or shipped_prompts())
     if not prompts:
         raise QvditError("no prompts", "at least one line in the prompts file", "check --prompts")
@@ -132,6 +137,7 @@ def calibration_plan(settings: JobSettings, source: SourceModel, device: str) ->
         settings.guidance,
         settings.seed,
         source.sampling,
+        settings.size,
     )
 
 
@@ -141,7 +147,8 @@ def quality_trial(settings: JobSettings) -> Trial:
         known = read_prompts(shipped_prompts())
         return Trial.fresh(settings.videos, 2026 + settings.seed, settings.steps, settings.guidance, known)
     prompts = read_prompts(settings.prompts)[-settings.videos :]
-    return Trial.of(prompts, 2026 + settings.seed, settings.steps, settings.guidance)
+    trial = Trial.of(prompts, 2026 + settings.seed, settings.steps, settings.guidance)
+    return dataclasses.replace(trial, size=settings.size)
 
 
 def shipped_prompts() -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from qvdit.compare.settings import CompareSettings, recipes_with_layer_bits
 from qvdit.compare.sharing import held
 from qvdit.compare.store import Store
 from qvdit.compare.table import Cell
+from qvdit.contract.video import described
 from qvdit.models.loading import SourceModel
 from qvdit.system import cpu_name, tool_versions
 
@@ -45,8 +45,22 @@ def run(
     settings: CompareSettings, places: Places, watch: Watch, command: str, minutes: float | None = None
 ) -> tuple[Outcome, list[Cell]]:
     """Measure what is missing, for ``minutes`` at most, and write the table of what is there."""
+    settings.tasks()  # refuses what cannot be compared before anything is said
+    for text in remarks(settings):
+        watch.say(text)
     outcome = fill(settings, places, watch, command, minutes)
     return outcome, write(settings, places, Store(places.store, watch.say), outcome)
+
+
+def remarks(settings: CompareSettings) -> list[str]:
+    """What to know before a comparison begins: how this process, on its GPU, will not do what one may expect."""
+    found = [
+        f"{name}: its own layer bits are not used, the regime says what every layer has"
+        for name in recipes_with_layer_bits(settings.chosen_recipes)
+    ]
+    if settings.chosen_device == "cuda" and not settings.simulate and (missing := sampling.kernels_missing()):
+        found.append(f"videos are sampled in PyTorch's simulation, several times slower: {missing}")
+    return found
 
 
 def fill(
@@ -54,15 +68,11 @@ def fill(
 ) -> Outcome:
     """Measure what is missing, for ``minutes`` at most."""
     terms, tasks, device = settings.terms, settings.tasks(), settings.chosen_device
-    for name in recipes_with_layer_bits(settings.chosen_recipes):
-        watch.say(f"{name}: its own layer bits are not used, the regime says what every layer has")
-    if device == "cuda" and not settings.simulate and (missing := sampling.kernels_missing()):
-        watch.say(f"videos are sampled in PyTorch's simulation, several times slower: {missing}")
     benches: dict[str, Bench] = {}
 
     def bench(model: SourceModel) -> Bench:
         if model.name not in benches:
-            data = [model.sampling, dataclasses.asdict(terms.calibration), terms.held_out]
+            data = [model.sampling, described(terms.calibration), terms.held_out]
             digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
             folder = places.work / f"{model.name}-{digest}"
             benches[model.name] = Bench(

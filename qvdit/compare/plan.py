@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qvdit.contract import Bits, QvditError
+from qvdit.contract.video import described
 from qvdit.method import quantization
 from qvdit.method import recipe as recipes
 from qvdit.method.calibration import CalibrationPlan
@@ -79,7 +80,7 @@ class Terms:
 
     def digest(self) -> str:
         """A digest of what cells that train and cells that do not have in common."""
-        fields = dataclasses.asdict(self)
+        fields = described(self)
         del fields["training"]
         return _digest(fields)
 
@@ -132,7 +133,7 @@ class SweepRun:
 
     def key(self, terms: Terms) -> str:
         """A digest of everything that the result depends on: no trial, for none is sampled."""
-        plan = dataclasses.asdict(terms.calibration)
+        plan = described(terms.calibration)
         budget = [terms.training.steps, terms.training.batch, self.rate, terms.precision]
         return _digest([self.model.fingerprint, plan, _content(self.recipe), budget, str(SWEEP_BITS)])
 

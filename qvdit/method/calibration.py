@@ -5,7 +5,6 @@ One shard a prompt, so that an interrupted run goes on where it stopped and more
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import itertools
 import json
@@ -21,10 +20,15 @@ from safetensors.torch import load_file, save_file
 
 from qvdit.contract import QvditError
 from qvdit.contract.files import write_atomic
+from qvdit.contract.video import VideoSize, described
 from qvdit.models import ModelAdapter
 
 Progress = Callable[[int, int], None]
 """Called with how much is done and how much there is."""
+
+
+_FRAMES = ("num_frames", "video_length")
+"""What pipelines call the number of frames."""
 
 
 def no_progress(done: int, total: int) -> None:
@@ -41,6 +45,7 @@ class CalibrationPlan:
     guidance: float = 2.5
     seed: int = 0
     source: str = ""  # digest of the pipeline that samples
+    size: VideoSize | None = None  # of the videos; the pipeline's own when absent
 
     def recorded_steps(self) -> list[int]:
         """Indices of the recorded steps, from the first (most noise) to the last."""
@@ -49,7 +54,7 @@ class CalibrationPlan:
 
     def identity(self, index: int) -> dict[str, str]:
         """What the shard of prompt ``index`` depends on; it is written into the shard."""
-        fields = {name: value for name, value in dataclasses.asdict(self).items() if name != "prompts"}
+        fields = {name: value for name, value in described(self).items() if name != "prompts"}
         fields |= {"prompt": self.prompts[index], "seed": self.seed + index}
         # One key: safetensors writes several in no fixed order.
         return {"identity": json.dumps(fields, sort_keys=True)}
@@ -80,10 +85,18 @@ class CalibrationData:
         """As :meth:`by_step`, without the step; every step weighs the same."""
         return (batch for _, batch in self.by_step(together))
 
+    def count(self) -> int:
+        """How many :meth:`batches` there are; of every shard the steps alone are read."""
+        found = 0
+        for shard in self.shards:
+            with safe_open(shard, framework="pt") as file:
+                found += len(file.get_tensor("step").unique())
+        return found
+
     def some(self, most: int) -> Iterator[dict[str, torch.Tensor]]:
         """``most`` of the batches at most, evenly apart; no more than one shard is in memory at a time."""
-        count = sum(1 for _ in self.batches())
-        return itertools.islice(self.batches(), 0, most * max(1, count // most), max(1, count // most))
+        apart = max(1, self.count() // most)
+        return itertools.islice(self.batches(), 0, most * apart, apart)
 
     def groups(self) -> list[dict[str, torch.Tensor]]:
         """All records on the CPU, those of equal shapes in one batch: prompts may differ in length."""
@@ -178,7 +191,7 @@ def _record_some(
     handle = pipeline.transformer.register_forward_pre_hook(keep, with_kwargs=True)
     try:
         prompts, seeds = zip(*((plan.prompts[index], plan.seed + index) for index in indices), strict=True)
-        sample(pipeline, list(prompts), plan.steps, plan.guidance, list(seeds))
+        sample(pipeline, list(prompts), plan.steps, plan.guidance, list(seeds), plan.size)
     finally:
         handle.remove()
     # A batch has a row of every prompt, or all unconditional rows before all conditional ones.
@@ -188,8 +201,13 @@ def _record_some(
     ]
 
 
-def sample(pipeline: Any, prompts: list[str], steps: int, guidance: float, seeds: list[int]) -> Any:
-    """Call a diffusers video pipeline with the arguments it knows; one seed a prompt, drawn on the CPU."""
+def sample(
+    pipeline: Any, prompts: list[str], steps: int, guidance: float, seeds: list[int], size: VideoSize | None = None
+) -> Any:
+    """Call a diffusers video pipeline with the arguments it knows; one seed a prompt, drawn on the CPU.
+
+    QvditError where the pipeline refuses them, or has no other size than its own.
+    """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     known = inspect.signature(pipeline.__call__).parameters
     arguments: dict[str, Any] = {
@@ -200,6 +218,12 @@ def sample(pipeline: Any, prompts: list[str], steps: int, guidance: float, seeds
     }
     if "output_type" in known:
         arguments["output_type"] = "latent"
+    if size is not None:
+        frames = next((name for name in _FRAMES if name in known), None)
+        if frames is None or not {"height", "width"} <= set(known):
+            refused = f"--size {size} with a {type(pipeline).__name__}, which samples videos of one size"
+            raise QvditError(refused, "its own size", "leave out --size")
+        arguments |= {frames: size.frames, "height": size.height, "width": size.width}
     try:
         return pipeline(**arguments).frames
     except ValueError as error:

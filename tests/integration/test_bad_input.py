@@ -67,6 +67,8 @@ def broken(wan_folder: Path, tmp_path: Path) -> Path:
         (("--recipe", "no/such.yaml"), ("no/such.yaml", "a YAML file")),
         (("--target", "phone"), ("'phone'", "onnxruntime, tensorrt")),
         (("--compute", "tpu"), ("'tpu'", "cpu")),
+        (("--size", "17x256"), ("'17x256'", "FRAMESxHEIGHTxWIDTH", "17x256x448")),
+        (("--size", "8x32x32"), ("8x32x32", "videos of one size", "leave out --size")),
         (("--target", "tensorrt", "--device", "cuda"), ("'cuda'", "orin, thor, local", "--compute")),
         (("--target", "tensorrt", "--device", "orin", "--jetpack", "4"), ("'4'", "6.0, 6.1, 6.2")),
         (("--device", "orin"), ("--device orin", "--target tensorrt")),

@@ -12,9 +12,12 @@ import qvdit.runtimes
 from qvdit.contract import checkpoint
 from qvdit.contract.bundle import Manifest
 from qvdit.contract.parity import relative_error
+from qvdit.contract.video import VideoSize
 from qvdit.export import graph
 from qvdit.export.files import save_model
+from qvdit.method.calibration import CalibrationPlan, record
 from qvdit.method.reference import quantized_transformer
+from qvdit.models import LatteAdapter, WanAdapter
 from qvdit.runtimes.onnxruntime import OnnxRuntimeSession
 from qvdit.runtimes.transformer import RuntimeTransformer
 
@@ -143,3 +146,22 @@ def test_latte_pipeline(guidance: float, latte_pair: Any, latte_model: Any) -> N
 
     assert sample(latte_model).shape == (1, 4, 4, 8, 8)
     assert_same(sample, latte_model, *latte_pair)
+
+
+def test_calibration_at_a_size(wan_model: Any, latte_model: Any, tmp_path: Path) -> None:
+    """diffusers' pipelines sample the frames, the height and the width that are asked for, by their own names."""
+    from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler, LattePipeline, WanPipeline
+
+    parts = {"tokenizer": None, "text_encoder": None, "vae": None}
+    wan = WanPipeline(**parts, scheduler=FlowMatchEulerDiscreteScheduler(), transformer=wan_model)
+    latte = LattePipeline(**parts, scheduler=DDIMScheduler(), transformer=latte_model)
+    for pipe, adapter, features, size, latents in (
+        (wan, WanAdapter(), 64, VideoSize(61, 128, 320), (3, 16, 16, 40)),
+        (latte, LatteAdapter(), 24, VideoSize(4, 48, 64), (4, 4, 6, 8)),
+    ):
+        pipe.set_progress_bar_config(disable=True)
+        pipe.encode_prompt = lambda *_, features=features, **__: (text(1, 6, features, 1), text(1, 6, features, 2))
+        plan = CalibrationPlan(("a cat",), steps=2, records=2, size=size)
+        data = record(pipe, adapter, plan, tmp_path / adapter.family)
+        shapes = {tuple(batch["hidden_states"].shape[1:]) for batch in data.batches()}
+        assert shapes == {latents}

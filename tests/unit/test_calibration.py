@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from qvdit.contract import QvditError
+from qvdit.contract.video import VideoSize
 from qvdit.method.calibration import CalibrationData, CalibrationPlan, read_prompts, record, sample
 from qvdit.models import WanAdapter
 from qvdit.reference import world
@@ -124,6 +128,19 @@ def test_batches_are_recorded_steps(tiny_pipeline, tmp_path):
     assert set(whole) == set(WanAdapter().inputs)
     for name, tensor in whole.items():
         assert torch.equal(tensor, torch.cat([batch[name] for batch in batches])), name
+
+
+def test_batches_are_counted_without_reading_them(tmp_path, monkeypatch):
+    shards = []
+    for index, step in enumerate(([0, 0, 7], [0], [3, 2, 3, 1, 1])):
+        shards.append(tmp_path / str(index))
+        save_file({"x": torch.zeros(len(step), 4), "step": torch.tensor(step)}, shards[-1])
+    data = CalibrationData(tuple(shards))
+    expected = len(list(data.batches()))
+    assert [len(list(data.some(most))) for most in (1, 2, 3, 6, 8)] == [1, 2, 3, 6, 6]
+    monkeypatch.setattr("qvdit.method.calibration.load_file", None)
+    assert data.count() == expected == 6
+    assert CalibrationData(()).count() == 0
 
 
 def test_same_seed_same_bytes(tiny_pipeline, tmp_path):
@@ -259,6 +276,43 @@ def test_sample_passes_what_a_pipeline_knows():
     pipeline = LatentPipeline()
     assert sample(pipeline, ["p"], 7, 1.5, [9]) == "frames"
     assert pipeline.seen == (["p"], 7, 1.5, 9, "latent")
+
+
+@pytest.mark.parametrize("frames", ["num_frames", "video_length"])
+def test_sample_asks_for_a_size_by_the_pipelines_names(frames):
+    class SizedPipeline:
+        def __call__(self, prompt, num_inference_steps, guidance_scale, generator, height, width, **others):
+            self.seen = (height, width, others)
+            return SimpleNamespace(frames="frames")
+
+    parameters = inspect.signature(SizedPipeline.__call__).parameters
+    named = inspect.Parameter(frames, inspect.Parameter.KEYWORD_ONLY)
+    SizedPipeline.__call__.__signature__ = inspect.Signature([*list(parameters.values())[:-1], named])
+    pipeline = SizedPipeline()
+    assert sample(pipeline, ["p"], 7, 1.5, [9], VideoSize(17, 256, 448)) == "frames"
+    assert pipeline.seen == (256, 448, {frames: 17})
+
+
+def test_a_pipeline_of_one_size_refuses_another(tiny_pipeline):
+    with pytest.raises(QvditError, match=r"--size 8x32x32 with a PixelVideoPipeline.*leave out"):
+        sample(tiny_pipeline, ["p"], 2, 2.5, [3], VideoSize(8, 32, 32))
+
+
+def test_a_size_is_part_of_a_shards_identity_and_no_size_is_not():
+    plain, sized = (CalibrationPlan(PROMPTS, size=size) for size in (None, VideoSize(17, 256, 448)))
+    assert "size" not in plain.identity(0)["identity"]
+    assert json.loads(sized.identity(0)["identity"])["size"] == {"frames": 17, "height": 256, "width": 448}
+
+
+@pytest.mark.parametrize("text", ["17x256", "17x256x448x3", "0x256x448", "17x00x448", "-1x2x3", "axbxc", ""])
+def test_sizes_that_are_none(text):
+    with pytest.raises(QvditError, match="FRAMESxHEIGHTxWIDTH"):
+        VideoSize.parse(text)
+
+
+def test_a_size_is_read_as_it_is_written():
+    assert VideoSize.parse(" 17x0256x448 ") == VideoSize(17, 256, 448)
+    assert str(VideoSize(17, 256, 448)) == "17x256x448"
 
 
 def test_prompts_are_lines(tmp_path):

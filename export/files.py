@@ -8,6 +8,8 @@ from pathlib import Path
 import onnx
 import onnx.external_data_helper
 
+from qvdit.contract.files import share
+
 EXTERNAL_FROM = 1 << 30  # bytes of initializers from which they go to a file of their own; protobuf ends at 2 GiB
 _SMALLEST_EXTERNAL = 1024  # bytes: smaller initializers stay in the graph, where shape inference reads them
 
@@ -32,7 +34,7 @@ def save_model(model: onnx.ModelProto, path: Path, external_from: int = EXTERNAL
     path.unlink(missing_ok=True)
     data.unlink(missing_ok=True)
     onnx.external_data_helper.write_external_data_tensors(written, str(path.parent))
-    data.chmod(0o644)  # it is written for the owner alone; a bundle is made to be copied and served
+    share(data)
     with data.open("rb+") as file:
         os.fsync(file.fileno())
     _write(partial, written.SerializeToString(deterministic=True))

@@ -19,14 +19,12 @@ from onnx import TensorProto
 from qvdit.export.functions import DOMAIN
 from qvdit.export.graph import is_layer
 from qvdit.export.precision import LARGEST
-from qvdit.export.values import Values, drop_unread
+from qvdit.export.values import Extent, Values, drop_unread
 
 ATTENTION = "HeadwiseAttention"  # not Attention: newer ONNX has an operator of that name, which a parser would take
 PLUGIN_VERSION = "3"
 _LARGEST_HEAD, _STEP = 128, 8  # of qvdit_attention
 _HEADS = [0, 2, 1, 3]  # [B, L, H, D] ↔ [B, H, L, D]
-
-Extent = int | str | None  # a number, a name of one that is not known before run time, or nothing
 
 
 def with_attention(typed: onnx.ModelProto, largest: Mapping[str, float] | None = None) -> onnx.ModelProto:
@@ -227,10 +225,7 @@ def _extents(graph: onnx.GraphProto, values: Values) -> dict[str, tuple[Extent, 
     Shape inference follows numbers; what is computed at run time is followed here by its name, too.
     """
     found: dict[str, tuple[Extent, ...]] = {name: tuple(tensor.dims) for name, tensor in values.constants.items()}
-    for name, kind in values.known.items():
-        if kind.HasField("shape"):
-            dims = kind.shape.dim
-            found[name] = tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in dims)
+    found |= {name: extents for name in values.known if (extents := values.extents(name)) is not None}
     for node in graph.node:
         followed = _followed(node, found, values)
         (first, *_) = node.output

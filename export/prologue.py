@@ -19,9 +19,9 @@ from onnx import TensorProto
 from qvdit.contract.kernels import Prologue
 from qvdit.export.graph import is_layer, placeholder_name
 from qvdit.export.opset import gelu
-from qvdit.export.values import Values, drop_unread
+from qvdit.export.precision import LARGEST
+from qvdit.export.values import Values, beside, drop_unread, fits
 
-_LOW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _EPSILON = 1e-5  # LayerNormalization's where it does not say
 
 
@@ -117,14 +117,14 @@ def _placeholders(name: str, values: Values, layers: Collection[str]) -> list[on
 
 def _give_low(placeholders: Iterable[onnx.NodeProto], values: Values) -> bool:
     """Whether all write the low type: TensorRT 8.6, which knows no types between its layers, takes a prologue to."""
-    return all(values.type(placeholder.output[0]) in _LOW for placeholder in placeholders)
+    return all(values.type(placeholder.output[0]) in LARGEST for placeholder in placeholders)
 
 
 def _fuse_gelu(node: onnx.NodeProto, values: Values, layers: Collection[str]) -> None:
     x = values.before_cast(node.input[0])
     tanh = any(a.name == "approximate" and a.s == b"tanh" for a in node.attribute)
     placeholders = _placeholders(node.output[0], values, layers)
-    if tanh and values.type(x) in _LOW and _give_low(placeholders, values):
+    if tanh and values.type(x) in LARGEST and _give_low(placeholders, values):
         _mark(placeholders, Reading((x,), Prologue.GELU))
 
 
@@ -152,7 +152,7 @@ def _modulation(norm: onnx.NodeProto, values: Values) -> tuple[str, str, str] | 
     product = values.only_reader(between, "Mul")
     if product is None:
         return None
-    factor = values.beside(product, between)
+    factor = beside(product, between)
     plus_one = values.writer.get(factor)
     if plus_one is None or plus_one.op_type != "Add":
         return None
@@ -160,15 +160,13 @@ def _modulation(norm: onnx.NodeProto, values: Values) -> tuple[str, str, str] | 
     total = values.only_reader(product.output[0], "Add")
     if total is None or len(scales) != 1:
         return None
-    shift = values.beside(total, product.output[0])
+    shift = beside(total, product.output[0])
     (scale,), features = scales, shape[2] or int(np.prod(values.constants[weight].dims))
     groups = [values.groups(name, features) for name in (scale, shift)]
     floats = (x, between, factor, scale, shift, product.output[0], total.output[0])
-    if None in groups or groups[0] != groups[1] or any(values.type(name) != TensorProto.FLOAT for name in floats):
+    if groups[0] != groups[1] or any(values.type(name) != TensorProto.FLOAT for name in floats):
         return None
-    # An x of one batch, or of another than a modulation's, would be broadcast itself.
-    fits = groups[0] == 1 or (shape[0] != 1 if groups[0] == 0 else shape[0] in (0, groups[0]))
-    return (total.output[0], scale, shift) if fits else None
+    return (total.output[0], scale, shift) if fits(groups[0], shape[0]) else None
 
 
 def _is_one(name: str, values: Values) -> bool:

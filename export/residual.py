@@ -17,10 +17,10 @@ from onnx import TensorProto
 from qvdit.export.functions import DOMAIN
 from qvdit.export.graph import is_layer
 from qvdit.export.headwise_attention import PLUGIN_VERSION
-from qvdit.export.values import Values, drop_unread
+from qvdit.export.precision import LARGEST
+from qvdit.export.values import Extent, Values, beside, drop_unread, fits
 
 RESIDUAL = "GatedResidual"
-_LOW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 _SWAP = [0, 2, 1, 3]  # [B, P, Q, K] ↔ [B, Q, P, K]
 
 
@@ -49,16 +49,16 @@ def with_residuals(typed: onnx.ModelProto) -> onnx.ModelProto:
 def _sum_of(y: str, values: Values) -> dict[str, onnx.NodeProto]:
     """The node for what becomes of a placeholder's y, by the value that it writes; nothing where there is none."""
     cast = values.only_reader(y, "Cast")
-    if cast is None or values.type(y) not in _LOW or values.type(cast.output[0]) != TensorProto.FLOAT:
+    if cast is None or values.type(y) not in LARGEST or values.type(cast.output[0]) != TensorProto.FLOAT:
         return {}
     term, gate = cast.output[0], None
     product = values.only_reader(term, "Mul")
     if product is not None:
-        gate, term = values.beside(product, term), product.output[0]
+        gate, term = beside(product, term), product.output[0]
     total = values.only_reader(term, "Add")
     if total is None:
         return {}
-    residual = values.beside(total, term)
+    residual = beside(total, term)
     floats = [name for name in (residual, gate, total.output[0]) if name is not None]
     if any(values.type(name) != TensorProto.FLOAT for name in floats) or not _fit(y, residual, gate, values):
         return {}
@@ -74,21 +74,19 @@ def _sum_of(y: str, values: Values) -> dict[str, onnx.NodeProto]:
 
 def _fit(y: str, residual: str, gate: str | None, values: Values) -> bool:
     """Whether y [B, L, K], a residual and a gate belong together, as far as their extents are known."""
-    shape, other = values.shape(y), values.shape(residual)
-    if shape is None or other is None or len(shape) != 3 or len(other) != 3 or not shape[2]:
+    shape, extents, others = values.shape(y), values.extents(y), values.extents(residual)
+    if shape is None or extents is None or others is None or len(shape) != 3 or len(others) != 3 or not shape[2]:
         return False
-    if not all(_same(*extents) for extents in zip(shape, other, strict=True)):
+    if not all(_same(*pair) for pair in zip(extents, others, strict=True)):
         return False
-    if gate is None:
-        return True
-    groups = values.groups(gate, shape[2])
-    # A residual of one batch, or of another than the gate's, would be broadcast itself.
-    return groups == 1 or (groups is not None and (shape[0] != 1 if groups == 0 else shape[0] in (0, groups)))
+    return gate is None or fits(values.groups(gate, shape[2]), shape[0])
 
 
-def _same(one: int, other: int) -> bool:
+def _same(one: Extent, other: Extent) -> bool:
     """Whether two extents are one, as far as they are known; what a 1 is added to may be more."""
-    return one == other or (0 in (one, other) and 1 not in (one, other))
+    if type(one) is type(other):  # two numbers, or two names: of different ones the engine would be refused
+        return one == other
+    return 1 not in (one, other)
 
 
 def _swapped(total: str, y: str, values: Values) -> tuple[str, int]:

@@ -6,6 +6,8 @@ import onnx
 import onnx.numpy_helper
 from onnx import TensorProto
 
+Extent = int | str | None  # a number, a name of one that is not known before run time, or nothing
+
 
 class Values:
     """Who writes and who reads the values of a graph, their types and shapes, and its constants."""
@@ -31,6 +33,13 @@ class Values:
             return None
         return [dimension.dim_value for dimension in self.known[name].shape.dim]
 
+    def extents(self, name: str) -> tuple[Extent, ...] | None:
+        """As :meth:`shape`, with the names of extents that are not known; None for one that has none."""
+        if name not in self.known or not self.known[name].HasField("shape"):
+            return None
+        dimensions = self.known[name].shape.dim
+        return tuple(d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in dimensions)
+
     def is_constant(self, name: str, value: float) -> bool:
         """Whether a value is a constant with this number in every place."""
         held = self.constants.get(name)
@@ -40,11 +49,6 @@ class Values:
         """G of a value [G, 1, K] with these K features, 0 where it is not known; None if it has another shape."""
         shape = self.shape(name)
         return shape[0] if shape is not None and len(shape) == 3 and shape[1:] == [1, features] else None
-
-    def beside(self, node: onnx.NodeProto, name: str) -> str:
-        """What a node of two inputs reads beside a value that it reads once."""
-        (other,) = (read for read in node.input if read != name)
-        return other
 
     def before_cast(self, name: str) -> str:
         """The value that a Cast made this one of, or itself."""
@@ -57,6 +61,22 @@ class Values:
         if name in self.outputs or len(readers) != 1 or readers[0].domain or readers[0].op_type != op_type:
             return None
         return readers[0]
+
+
+def beside(node: onnx.NodeProto, name: str) -> str:
+    """What a node of two inputs reads beside a value that it reads once."""
+    (other,) = (read for read in node.input if read != name)
+    return other
+
+
+def fits(groups: int | None, batch: int) -> bool:
+    """Whether a gate or modulation of G groups is one for all of a value's batch B, or one for each; 0: not known.
+
+    A value of one batch, or of another than the groups', would be broadcast itself. groups: :meth:`Values.groups`'.
+    """
+    if groups is None or groups == 1:
+        return groups == 1
+    return batch != 1 if groups == 0 else batch in (0, groups)
 
 
 def drop_unread(graph: onnx.GraphProto) -> None:

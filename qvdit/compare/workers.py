@@ -25,7 +25,7 @@ from qvdit.compare.store import Store
 from qvdit.compare.table import Cell
 from qvdit.contract import QvditError
 
-_SAY, _ITEM, _OUTCOME, _ERROR = "say", "item", "outcome", "error"
+_SAY, _REMARK, _ITEM, _OUTCOME, _ERROR = "say", "remark", "item", "outcome", "error"
 _POLL_SECONDS = 1.0
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 
@@ -124,6 +124,8 @@ def _work(worker: int, order: Order, news: Any) -> None:
     torch.set_num_threads(order.threads)
     watch = _Reporter(worker, news)
     try:
+        for text in job.remarks(order.settings):
+            news.put((worker, _REMARK, text))
         news.put((worker, _OUTCOME, job.fill(order.settings, order.places, watch, order.command, order.minutes)))
     except QvditError as error:
         news.put((worker, _ERROR, str(error)))
@@ -140,6 +142,7 @@ def _listen(
     outcomes: list[Outcome] = []
     errors: list[str] = []
     ended: set[int] = set()
+    remarks: set[str] = set()  # said already: most hold for all workers
     while len(ended) < len(workers):
         done, total = count()
         watch.items(done, total, None)
@@ -153,6 +156,10 @@ def _listen(
             continue
         if kind == _SAY:
             watch.say(f"[{worker}] {value}")
+        elif kind == _REMARK:
+            if value not in remarks:
+                watch.say(value)
+            remarks.add(value)
         elif kind == _OUTCOME:
             outcomes.append(value)
             ended.add(worker)

@@ -18,10 +18,20 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.partial")
     write(temporary)
-    temporary.chmod(0o644)  # safetensors writes for the owner alone; a bundle is made to be copied and served
+    share(temporary)
     with temporary.open("rb+") as file:
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def share(path: Path) -> None:
+    """Give a file the permissions of any new one, 0666 less the umask: a bundle is made to be copied and served.
+
+    safetensors and ONNX's external data write for the owner alone. Not for threads: the umask is read by setting it.
+    """
+    umask = os.umask(0o077)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -31,7 +31,7 @@ def quantize_static(
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear | torch.nn.Conv3d | torch.nn.Conv2d) and name not in chosen:
             config["quant_cfg"].append({"quantizer_name": f"{name}.*", "enable": False})
-    count = sum(1 for _ in data.batches())
+    count = data.count()
     device = next(model.parameters()).device
 
     def forward_loop(calibrated: torch.nn.Module) -> None:

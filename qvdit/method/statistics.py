@@ -48,6 +48,28 @@ _COUNTS = "counts"
 _BY_STEP, _OVERALL = "abs_max_by_step", ("mean", "second_moment")
 
 
+@dataclass(frozen=True)
+class _Header:
+    """What a statistics file says of itself."""
+
+    shards: int  # seen
+    batches: Counter[int]  # seen of each step
+    keys: tuple[str, ...]  # of its tensors
+
+    @staticmethod
+    def read(path: Path) -> _Header | None:
+        """The header of a file; None where there is none, or one that is damaged or of another version."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                counts, keys = json.loads((file.metadata() or {})[_COUNTS]), tuple(file.keys())
+            if counts["format"] != FORMAT:
+                return None
+            batches = Counter({int(step): int(count) for step, count in counts["batches"]})
+            return _Header(int(counts["shards"]), batches, keys)
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+            return None
+
+
 class _Sums:
     """Running sums in float64 for every shared input, saved after each shard: ``x:mean``, ``x:abs_max_by_step:3``."""
 
@@ -88,17 +110,15 @@ class _Sums:
 
     def load(self, path: Path, device: torch.device) -> int:
         """Take up a partial run; returns how many shards it has seen, 0 if there is none."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                counts = json.loads((file.metadata() or {})[_COUNTS])
-            if counts["format"] != FORMAT:
-                return 0
-            tensors = {name: tensor.to(device) for name, tensor in load_file(path).items()}
-            self.batches, shards = Counter(dict(counts["batches"])), int(counts["shards"])
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        header = _Header.read(path)
+        if header is None:
             return 0
-        self.tensors = tensors
-        return shards
+        try:
+            self.tensors = {name: tensor.to(device) for name, tensor in load_file(path).items()}
+        except (SafetensorError, OSError):
+            return 0
+        self.batches = header.batches
+        return header.shards
 
 
 @torch.no_grad()
@@ -149,16 +169,11 @@ def collect(
 
 def load(path: Path) -> Statistics:
     """Collected statistics, each input's read when it is asked for: a large model's take more memory than the model."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            counts, keys = json.loads((file.metadata() or {})[_COUNTS]), list(file.keys())
-        batches = Counter({int(step): int(count) for step, count in counts["batches"]})
-        whole = counts["format"] == FORMAT
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
-        whole = False
-    if not whole:
+    header = _Header.read(path)
+    if header is None:
         raise QvditError(f"no statistics at {path}", "what `qvdit calibrate` writes", "run `qvdit calibrate` first")
-    return Statistics(_Stored(path, batches, tuple(dict.fromkeys(key.split(":", 1)[0] for key in keys))))
+    names = tuple(dict.fromkeys(key.split(":", 1)[0] for key in header.keys))
+    return Statistics(_Stored(path, header.batches, names))
 
 
 class _Stored(Mapping[str, InputStatistics]):
@@ -175,6 +190,9 @@ class _Stored(Mapping[str, InputStatistics]):
             self._last = name, self._read(name)
         return self._last[1]
 
+    def __contains__(self, name: object) -> bool:  # Mapping's would read the tensors
+        return name in self.names
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
 
@@ -182,9 +200,14 @@ class _Stored(Mapping[str, InputStatistics]):
         return len(self.names)
 
     def _read(self, name: str) -> InputStatistics:
-        with safe_open(self.path, framework="pt") as file:
-            rows = [file.get_tensor(f"{name}:{_BY_STEP}:{step}") / self.batches[step] for step in sorted(self.batches)]
-            mean, moment = (file.get_tensor(f"{name}:{field}") / self.batches.total() for field in _OVERALL)
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                sums = {step: file.get_tensor(f"{name}:{_BY_STEP}:{step}") for step in sorted(self.batches)}
+                mean, moment = (file.get_tensor(f"{name}:{field}") / self.batches.total() for field in _OVERALL)
+        except (SafetensorError, OSError) as error:
+            got = f"statistics of {name} at {self.path} that cannot be read ({error})"
+            raise QvditError(got, "what `qvdit calibrate` writes", "remove the file and calibrate again") from None
+        rows = [total / self.batches[step] for step, total in sums.items()]
         found = InputStatistics(torch.stack(rows).float(), mean.float(), moment.float())
         _refuse_unless(all(bool(tensor.isfinite().all()) for tensor in vars(found).values()), name)
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -344,6 +345,16 @@ def test_large_weights_go_beside_the_graph(model: onnx.ModelProto, tmp_path: Pat
     np.testing.assert_array_equal(run_onnx(path, inputs), run_onnx(model, inputs))
     loaded = {t.name: t.raw_data for t in onnx.load(path).graph.initializer}
     assert loaded == {t.name: t.raw_data for t in model.graph.initializer}
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640)])
+def test_both_files_are_for_whom_the_umask_lets(model: onnx.ModelProto, tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        written = save_model(model, tmp_path / "model.onnx", external_from=1)
+    finally:
+        os.umask(before)
+    assert [path.stat().st_mode & 0o777 for path in written] == [mode, mode]
 
 
 def test_small_model_is_one_file(model: onnx.ModelProto, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from qvdit.export.opset import lowered
 from qvdit.export.precision import strongly_typed
 from qvdit.export.prologue import with_prologues
 from qvdit.export.residual import RESIDUAL, with_residuals
+from qvdit.export.values import fits
 
 make = onnx.helper.make_node
 GATES = make("ReduceMean", ["x", "tokens"], ["gate"], keepdims=1)  # [B, 1, K]
@@ -177,6 +178,25 @@ def test_tokens_that_are_not_known_are_not_swapped():
         typed = graph_of(*nodes, inputs={"x": x, "z": z}, **(SHAPES | {"apart": [-1, 2, inner, K]}))
         ((_, outputs, attributes),) = sums(with_residuals(typed))
         assert (outputs, attributes["swapped"]) == (["sum"], 0)
+
+
+@pytest.mark.parametrize(
+    ("x", "z", "found"),
+    [("tokens", "tokens", 1), ("tokens", "others", 0), ("tokens", None, 1), (None, None, 1), ("tokens", 4, 1)],
+)
+def test_extents_of_different_names_are_not_the_same(x: int | str | None, z: int | str | None, found: int):
+    """The plugin's node broadcasts nothing: its engine would be refused where they differ."""
+    inputs: dict[str, Any] = {"x": ["batch", x, K], "z": ["batch", z, K]}
+    typed = graph_of(call("z", "a", "layer"), make("Add", ["x", "a"], ["y"]), inputs=inputs)
+    assert len(sums(with_residuals(typed))) == found
+
+
+@pytest.mark.parametrize(
+    ("groups", "batches"),
+    [(None, ()), (0, (0, 2, 4)), (1, (0, 1, 2, 4)), (2, (0, 2)), (4, (0, 4))],
+)
+def test_a_gate_is_one_for_all_or_one_for_each(groups: int | None, batches: tuple[int, ...]):
+    assert tuple(batch for batch in (0, 1, 2, 4) if fits(groups, batch)) == batches
 
 
 @pytest.mark.parametrize(("family", "gated", "plain", "swapped"), [("wan", 4, 2, 0), ("latte", 4, 1, 2)])

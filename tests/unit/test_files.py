@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from qvdit.contract import QvditError
 from qvdit.contract.files import inside, read_json, sha256, write_atomic, write_json, write_text
@@ -55,6 +58,18 @@ def test_what_an_interrupted_run_left_is_overwritten(tmp_path):
     write_text(path, "né")
     assert path.read_bytes() == "né".encode()
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o027, 0o640), (0o077, 0o600)])
+def test_files_are_for_whom_the_umask_lets(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        write_text(tmp_path / "text", "new")
+        write_atomic(tmp_path / "tensors", lambda temporary: save_file({"x": torch.zeros(2)}, temporary))
+        assert os.umask(umask) == umask
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {mode}
 
 
 def test_json_round_trip_and_same_bytes(tmp_path):

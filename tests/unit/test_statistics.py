@@ -6,7 +6,8 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from qvdit.contract import FrameRows, QvditError
 from qvdit.method.calibration import CalibrationData, CalibrationPlan, record
@@ -181,6 +182,30 @@ def test_statistics_without_their_counts_are_told(tmp_path):
     save_file({"x:mean": torch.zeros(2)}, tmp_path / "statistics")
     with pytest.raises(QvditError, match="no statistics at"):
         load(tmp_path / "statistics")
+
+
+def test_names_are_known_without_reading_their_tensors(by_hand, tmp_path, monkeypatch):
+    inputs = collect(TwoReaders(), SITES, by_hand, tmp_path / "statistics").inputs
+    with monkeypatch.context() as patch:
+        patch.setattr(inputs, "_read", None)
+        assert "x" in inputs
+        assert "y" not in inputs
+        assert 3 not in inputs
+    with pytest.raises(KeyError, match="y"):
+        inputs["y"]
+
+
+@pytest.mark.parametrize("missing", ["x:mean", "x:second_moment", "x:abs_max_by_step:7"])
+def test_statistics_without_one_of_an_inputs_sums_are_told(by_hand, tmp_path, missing):
+    path = tmp_path / "statistics"
+    collect(TwoReaders(), SITES, by_hand, path)
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    save_file({name: tensor for name, tensor in load_file(path).items() if name != missing}, path, metadata)
+    inputs = load(path).inputs
+    assert inputs["hidden"].mean.shape == (2,)
+    with pytest.raises(QvditError, match=f"statistics of x at .*{missing}"):
+        inputs["x"]
 
 
 @pytest.fixture

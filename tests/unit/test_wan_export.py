@@ -6,7 +6,6 @@ from typing import Any
 
 import onnx
 import torch
-from diffusers import WanTransformer3DModel
 
 from qvdit.export.graph import placeholder_name
 from qvdit.export.opset import lowered
@@ -14,22 +13,11 @@ from qvdit.export.precision import strongly_typed
 from qvdit.export.trace import trace
 from qvdit.models import WanAdapter
 from qvdit.models.adapter import pair_turn, rotate_pairs
+from tests.conftest import wan
 
 
 def traced(example_inputs: Any, features: int) -> tuple[onnx.ModelProto, dict[str, tuple[int, int]]]:
-    torch.manual_seed(0)
-    model = WanTransformer3DModel(
-        patch_size=(1, 8, 8),
-        num_attention_heads=2,
-        attention_head_dim=features,
-        in_channels=3,
-        out_channels=3,
-        text_dim=64,
-        freq_dim=32,
-        ffn_dim=48,
-        num_layers=2,
-        rope_max_seq_len=64,
-    )
+    model = wan(attention_head_dim=features)
     shapes = {site.name: model.get_submodule(site.name).weight.shape for site in WanAdapter().sites(model)}
     layers = {name: (int(n), int(k)) for name, (n, k) in shapes.items()}
     inputs = example_inputs((3, 4, 32, 32), 64)

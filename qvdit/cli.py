@@ -242,6 +242,8 @@ def run(
     check_suffix(out)
     asked = None if size is None else VideoSize.parse(size)
     transformer = qvdit.runtimes.load(bundle, threads or (2 if device == "cpu" else None), device, engine=engine)
+    if asked is None and transformer.manifest.size is not None:
+        asked = VideoSize.parse(transformer.manifest.size)
     source = find_model(model or transformer.manifest.model)
     if transformer.manifest.source != source.fingerprint:
         raise QvditError(

@@ -515,4 +515,5 @@ class Job:
             frames=adapter.frames(self.source.config, example),
             versions=tool_versions(),
             files={name: sha256(self.out / name) for name in self._model_files()},
+            size=None if self.settings.size is None else str(self.settings.size),
         )

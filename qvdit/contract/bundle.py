@@ -9,6 +9,7 @@ from typing import Any
 
 from qvdit.contract.errors import QvditError
 from qvdit.contract.files import inside, read_json, sha256, write_json
+from qvdit.contract.video import described
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -42,12 +43,13 @@ class Manifest:
     frames: int  # T
     versions: dict[str, str]  # of the tools that made it
     files: dict[str, str]  # path inside the bundle → sha256
+    size: str | None = None  # of the videos, FRAMESxHEIGHTxWIDTH; left out where they are of the pipeline's own
     schema: int = SCHEMA
 
 
 def write_manifest(bundle: Path, manifest: Manifest) -> None:
     """Write a bundle's manifest; do it last."""
-    write_json(bundle / MANIFEST, dataclasses.asdict(manifest))
+    write_json(bundle / MANIFEST, described(manifest))
 
 
 def read_manifest(bundle: Path) -> Manifest:
@@ -62,7 +64,7 @@ def read_manifest(bundle: Path) -> Manifest:
         )
     content = read_json(bundle / MANIFEST, "a bundle's manifest.json")
     names = {field.name for field in dataclasses.fields(Manifest)}
-    if not isinstance(content, dict) or content.get("schema") != SCHEMA or set(content) != names:
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA or set(content) | {"size"} != names:
         raise QvditError(f"{bundle / MANIFEST} of another version", f"schema {SCHEMA}", "export the model again")
     if not isinstance(content["files"], dict):
         raise QvditError(

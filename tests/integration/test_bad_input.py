@@ -411,6 +411,17 @@ def test_run_with_another_model(copied: Path, wan_model: Any, save_pipeline: Any
     assert not video.exists()
 
 
+def test_run_samples_the_bundles_size(bundle: Path, wan_folder: Path, cli: Any, tmp_path: Path) -> None:
+    """The pixel pipeline, which has one size, says which it was asked for."""
+    copied = shutil.copytree(bundle, tmp_path / "bundle")
+    manifest = json.loads((copied / "manifest.json").read_text())
+    (copied / "manifest.json").write_text(json.dumps({**manifest, "size": "17x64x96"}))
+    video = tmp_path / "video.webp"
+    for options, said in (((), "17x64x96"), (("--size", "9x32x32"), "9x32x32")):
+        assert_refused(cli("qvdit", "run", copied, "--model", wan_folder, "--out", video, *options), said)
+    assert not video.exists()
+
+
 def test_run_with_an_unknown_prompt(bundle: Path, wan_folder: Path, cli: Any, tmp_path: Path) -> None:
     video = tmp_path / "video.webp"
     options = ("--model", wan_folder, "--out", video, "--prompt", "a cat on a sofa")

@@ -53,6 +53,13 @@ def test_a_whole_bundle_verifies(bundle):
     assert make_manifest().schema == SCHEMA == 1
 
 
+def test_a_size_is_kept_and_none_is_left_out(bundle):
+    assert "size" not in json.loads((bundle / MANIFEST).read_text())
+    sized = make_manifest(size="17x256x448")
+    write_manifest(bundle, sized)
+    assert verify(bundle) == sized
+
+
 def test_the_same_manifest_gives_the_same_bytes(bundle):
     before = (bundle / MANIFEST).read_bytes()
     write_manifest(bundle, make_manifest())

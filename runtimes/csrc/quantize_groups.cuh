@@ -26,14 +26,14 @@
 
 namespace qvdit {
 
-constexpr int kColumns = 8;                // of the product, a warp's
-constexpr int kColumnLanes = 4;            // hold a column's
-constexpr int kSegment = 32;               // elements of a column
-constexpr int kDigits = 4;                 // bytes of alpha's integers
-constexpr int kSlots = 4;                  // times digits: rows of the product
-constexpr float kAlphaLevels = 1 << 30;    // of alpha's integers; the top digit is at most 64
-constexpr int kTileBytes = 32 * 16;        // a warp's operand of 16 x 32 bytes, 16 of them a lane's
-constexpr int kMaxGroups = kMaxWarps - 1;  // a block, with a barrier each beside that of the whole block
+constexpr int kColumns = 8;              // of the product, a warp's
+constexpr int kColumnLanes = 4;          // hold a column's
+constexpr int kSegment = 32;             // elements of a column
+constexpr int kDigits = 4;               // bytes of alpha's integers
+constexpr int kSlots = 4;                // times digits: rows of the product
+constexpr float kAlphaLevels = 1 << 30;  // of alpha's integers; the top digit is at most 64
+constexpr int kTileBytes = 32 * 16;      // a warp's operand of 16 x 32 bytes, 16 of them a lane's
+constexpr int kMaxGroups = kMaxWarps;    // a block
 
 // How rows lie in warps.
 struct GroupShape {
@@ -114,6 +114,37 @@ struct GroupValues {
   }
 };
 
+// Where the threads of a group meet. Of two warps and more a block has eight groups at most; with the barrier's number
+// in a register a kernel would be counted as having all sixteen, and one block alone would fit a multiprocessor of
+// sm_110 and 120, four one of sm_90.
+__device__ __forceinline__ void barrier(int group, int threads) {
+  switch (group) {
+    case 0:
+      asm volatile("bar.sync 1, %0;" ::"r"(threads) : "memory");
+      break;
+    case 1:
+      asm volatile("bar.sync 2, %0;" ::"r"(threads) : "memory");
+      break;
+    case 2:
+      asm volatile("bar.sync 3, %0;" ::"r"(threads) : "memory");
+      break;
+    case 3:
+      asm volatile("bar.sync 4, %0;" ::"r"(threads) : "memory");
+      break;
+    case 4:
+      asm volatile("bar.sync 5, %0;" ::"r"(threads) : "memory");
+      break;
+    case 5:
+      asm volatile("bar.sync 6, %0;" ::"r"(threads) : "memory");
+      break;
+    case 6:
+      asm volatile("bar.sync 7, %0;" ::"r"(threads) : "memory");
+      break;
+    default:
+      asm volatile("bar.sync 8, %0;" ::"r"(threads) : "memory");
+  }
+}
+
 // A group's threads. Each has one of its rows.
 struct GroupThreads {
   GroupShape shape;
@@ -129,7 +160,7 @@ struct GroupThreads {
     if (shape.warps == 1) {
       __syncwarp();
     } else {
-      asm volatile("bar.sync %0, %1;" ::"r"(group + 1), "r"(32 * shape.warps) : "memory");
+      barrier(group, 32 * shape.warps);
     }
   }
 
@@ -289,7 +320,8 @@ __global__ void __maxnreg__(96)
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       if (values.k(v) < features) {
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(staging + v * 512), "l"(from + v * kSegment));
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(staging + v * 512), "l"(from + v * kSegment)
+                     : "memory");
       }
     }
     asm volatile("cp.async.commit_group;");
@@ -312,13 +344,14 @@ __global__ void __maxnreg__(96)
       }
       const int64_t sum = found.x + (static_cast<int64_t>(found.y) << 8) + (static_cast<int64_t>(found.z) << 16) +
                           (static_cast<int64_t>(found.w) << 24);
-      float u = shared.scale[of][in_group] * (static_cast<float>(sum) * alpha.step[r]);
       const uint32_t row = first + in_group;
+      if (row >= rows) continue;
+      float u = shared.scale[of][in_group] * (static_cast<float>(sum) * alpha.step[r]);
       if (args.frame_gain) {
         const uint32_t frame = params.frames.remainder(params.tokens.quotient(row));
         u *= __ldg(args.frame_gain + params.ranks.quotient(r) * static_cast<uint32_t>(args.frames) + frame);
       }
-      if (row < rows) args.u[static_cast<int64_t>(r) * args.m + row] = u;
+      args.u[static_cast<int64_t>(r) * args.m + row] = u;
     }
     if (args.row_sum && lane < shape.rows()) {
       int& sum = shared.row_sum[of][lane];
@@ -441,7 +474,8 @@ inline GroupPlan plan_groups(int64_t k_pad, int rank, int shared_limit) {
       if (warps > kMaxWarps || shape.alpha_bytes(rank, vectors) + group_bytes(shape, rank, vectors) > shared_limit) {
         continue;
       }
-      // Where alpha leaves room for one group alone, its warps are all that hide each other's waiting.
+      // Where alpha takes most of what there is, few groups fit, and their warps are all that hide each other's
+      // waiting.
       const bool alone = 2 * shape.alpha_bytes(rank, vectors) > shared_limit;
       const int64_t slots = warps * vectors * elements * ((alone ? warps < 10 : warps > 8) ? 2 : 1);
       if (best.vectors == 0 || slots < least) best = {vectors, shape}, least = slots;

@@ -65,8 +65,8 @@ __global__ void __maxnreg__(half_registers(kVectors, kLowRank))
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       if (k(v) < features) {
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(staging + v * 512),
-                     "l"(from + v * 32 * kVector));
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(staging + v * 512), "l"(from + v * 32 * kVector)
+                     : "memory");
       }
     }
     asm volatile("cp.async.commit_group;");

@@ -203,8 +203,8 @@ __device__ __forceinline__ void walsh_hadamard(Values& values, int block, int la
 
 // What happens to x before quantization. Each leaves the elements from K on 0. registers: that a thread of so many
 // vectors should have, by times on an H200 that is kept hot (2026-11-28, µs, 32768 rows, rank 1; with 64 | 80 | 96).
-// Some bytes of what is the same for all rows are then spilled; with registers for them fewer warps run, and GELU of
-// K = 4608 takes 307.
+// Some bytes are then spilled, mostly of what is the same for all rows; with registers for them fewer warps run, and
+// GELU of K = 4608 takes 307.
 //
 //   LayerNorm, K = 1152, float32    162 | 137 | 117     LayerNorm, K = 3072, bf16      226 | 223 |
 //   LayerNorm, K = 1536, float32    155 | 157 | 170     GELU, K = 4608, bf16           268 | 256 | 275
@@ -360,7 +360,7 @@ struct StagedRow {
       for (int i = 0; i < kChunks; ++i) {
         const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(own + (v * kChunks + i) * step));
         const In* from = row + values.k(v) + i * (kVector / kChunks);
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from));
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
       }
     }
     asm volatile("cp.async.commit_group;");

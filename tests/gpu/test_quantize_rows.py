@@ -149,6 +149,18 @@ def test_low_rank_input_side(symmetric, rank, k, frames):
     assert ((found[3].T.double() - expected).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("rank", [1, 4])
+def test_low_rank_input_side_of_six_bits(symmetric, rank):
+    x = rows_of_any_kind(41, 1152, torch.float16, seed=17)
+    alpha = torch.randn(rank, 1152, generator=torch.Generator().manual_seed(18))
+    rows = reference_rows(operator.transform(x), 6, symmetric)
+    expected, bound = low_rank(rows, alpha)
+    found = quantize(x, 6, symmetric, alpha=alpha, row_sums=True)
+    assert_rows_equal(found, rows, 1152, symmetric)
+    assert ((found[3].T.double() - expected).abs() <= bound).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("k", [64, 1152, 8960])

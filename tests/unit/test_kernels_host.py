@@ -155,6 +155,7 @@ MOST_SPILLED = {"quantize_gelu.cu": 80}
         ("unpack_weight.cu", "110"),
         ("gemm_mma_bf16.cu", "80"),
         ("quantize_gelu.cu", "90a"),
+        ("quantize_groups.cu", "120"),
         ("attention_bf16.cu", "90a"),
         ("gemm.cu", "120"),
     ],

@@ -211,9 +211,7 @@ def run(
     guidance: Guidance = 2.5,
     size: Annotated[
         str | None,
-        typer.Option(
-            help="Frames, height and width in pixels, as the bundle was made with (default: the pipeline's own)."
-        ),
+        typer.Option(help="Frames, height and width in pixels (default: those that the bundle was made with)."),
     ] = None,
     seed: Seed = 0,
     threads: Annotated[

@@ -67,50 +67,9 @@ struct GroupValues {
     }
   }
 
-  // highest: max |x|, or max(max x, 0) and lowest: max(max -x, 0); NaN if any x is.
-  template <bool kSymmetric>
-  __device__ __forceinline__ void range(float& highest, float& lowest) const {
-    using Two = typename Halves<In>::Two;
-    uint32_t most = 0, least = 0;
-    Two& high = reinterpret_cast<Two&>(most);
-    Two& low = reinterpret_cast<Two&>(least);
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      const uint32_t (&pairs)[4] = reinterpret_cast<const uint32_t (&)[4]>(words[v]);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const Two pair = reinterpret_cast<const Two&>(pairs[j]);
-        high = __hmax2_nan(high, kSymmetric ? __habs2(pair) : pair);
-        if constexpr (!kSymmetric) low = __hmin2_nan(low, pair);
-      }
-    }
-    const float2 highs = Halves<In>::floats(most);
-    highest = RowThreads::max_nan(highs.x, highs.y);
-    if constexpr (!kSymmetric) {
-      const float2 lows = Halves<In>::floats(least);
-      lowest = RowThreads::max_nan(-lows.x, -lows.y);
-    }
-  }
-
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) words[v] = make_uint4(0, 0, 0, 0);
-  }
-
-  // kRounder + x_q - zero
-  template <bool kSymmetric>
-  __device__ __forceinline__ void integers(int v, const RowGrid& grid, float (&q)[kVector]) const {
-    const uint32_t (&pairs)[4] = reinterpret_cast<const uint32_t (&)[4]>(words[v]);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const float2 pair = Halves<In>::floats(pairs[j]);
-      q[2 * j] = rounder_plus_quotient(pair.x, grid.divisor, grid.reciprocal);
-      q[2 * j + 1] = rounder_plus_quotient(pair.y, grid.divisor, grid.reciprocal);
-    }
-    if constexpr (!kSymmetric) {
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) q[i] = fminf(q[i], kRounder + grid.highest);
-    }
   }
 };
 
@@ -382,7 +341,7 @@ __global__ void __maxnreg__(96)
     // Each of a group's warps raises its rows' extremes, as unsigned integers, where NaN is above Inf.
     uint32_t (&extremes)[2][kColumns] = shared.range[turn];
     float highest = 0.f, lowest = 0.f;
-    values.template range<kSymmetric>(highest, lowest);
+    range_of_halves<In, kSymmetric>(values.words, highest, lowest);
     highest = threads.warp_max(highest);
     if constexpr (!kSymmetric) lowest = threads.warp_max(lowest);
     if (threads.first_of_row()) {
@@ -415,7 +374,7 @@ __global__ void __maxnreg__(96)
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       float q[kVector];
-      values.template integers<kSymmetric>(v, grid, q);
+      integers_of_halves<In, kSymmetric>(values.words[v], grid, q);
       bytes[v] = {pack_bytes(q[0], q[1], q[2], q[3]), pack_bytes(q[4], q[5], q[6], q[7])};
       if constexpr (!kSymmetric) {  // where symmetric, what lies past the features is 0 already
         const uint32_t inside = values.k(v) < features ? ~0u : 0u;

@@ -36,7 +36,6 @@ template <typename In, int kVectors, bool kSymmetric, bool kLowRank>
 __global__ void __maxnreg__(half_registers(kVectors, kLowRank))
     quantize_halves_kernel(const __grid_constant__ QuantizeParams params) {
   let_next_kernel_start();
-  using Two = typename Halves<In>::Two;
   constexpr int kSides = kSymmetric ? 1 : 2;
   extern __shared__ uint4 shared[];
   __shared__ float partial[2][kSides][kMaxWarps];  // [of every other iteration]
@@ -124,26 +123,10 @@ __global__ void __maxnreg__(half_registers(kVectors, kLowRank))
     if (rows - at > step) fetch(row + step);
 
     // [0]: max |x|, or max(max x, 0) and [1]: max(max -x, 0); NaN if any x is
-    float range[kSides];
-    uint32_t most = 0, least = 0;
-    Two& high = reinterpret_cast<Two&>(most);
-    Two& low = reinterpret_cast<Two&>(least);
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      const uint32_t (&pairs)[4] = reinterpret_cast<const uint32_t (&)[4]>(words[v]);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const Two pair = reinterpret_cast<const Two&>(pairs[j]);
-        high = __hmax2_nan(high, kSymmetric ? __habs2(pair) : pair);
-        if constexpr (!kSymmetric) low = __hmin2_nan(low, pair);
-      }
-    }
-    const float2 highs = Halves<In>::floats(most);
-    range[0] = warp_max(RowThreads::max_nan(highs.x, highs.y));
-    if constexpr (!kSymmetric) {
-      const float2 lows = Halves<In>::floats(least);
-      range[1] = warp_max(RowThreads::max_nan(-lows.x, -lows.y));
-    }
+    float range[kSides], lowest = 0.f;
+    range_of_halves<In, kSymmetric>(words, range[0], lowest);
+    range[0] = warp_max(range[0]);
+    if constexpr (!kSymmetric) range[1] = warp_max(lowest);
     if (warps > 1) {
       if (lane == 0) {
 #pragma unroll
@@ -171,18 +154,8 @@ __global__ void __maxnreg__(half_registers(kVectors, kLowRank))
     float dot = 0.f;
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      const uint32_t (&pairs)[4] = reinterpret_cast<const uint32_t (&)[4]>(words[v]);
       float centred[kVector];  // kRounder + x_q - zero
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float2 pair = Halves<In>::floats(pairs[j]);
-        centred[2 * j] = rounder_plus_quotient(pair.x, grid.divisor, grid.reciprocal);
-        centred[2 * j + 1] = rounder_plus_quotient(pair.y, grid.divisor, grid.reciprocal);
-      }
-      if constexpr (!kSymmetric) {
-#pragma unroll
-        for (int j = 0; j < kVector; ++j) centred[j] = fminf(centred[j], kRounder + grid.highest);
-      }
+      integers_of_halves<In, kSymmetric>(words[v], grid, centred);
       uint2 bytes = {pack_bytes(centred[0], centred[1], centred[2], centred[3]),
                      pack_bytes(centred[4], centred[5], centred[6], centred[7])};
       if constexpr (!kSymmetric) {  // where symmetric, what lies past the features is 0 already

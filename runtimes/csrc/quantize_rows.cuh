@@ -311,6 +311,48 @@ struct RowGrid {
   }
 };
 
+// A row's extremes, of rows that stay as they came, two elements of 16 bits a word. highest: max |x|, or max(max x, 0)
+// and lowest: max(max -x, 0); NaN if any x is.
+template <typename In, bool kSymmetric, int kVectors>
+__device__ __forceinline__ void range_of_halves(const uint4 (&words)[kVectors], float& highest, float& lowest) {
+  using Two = typename Halves<In>::Two;
+  uint32_t most = 0, least = 0;
+  Two& high = reinterpret_cast<Two&>(most);
+  Two& low = reinterpret_cast<Two&>(least);
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    const uint32_t (&pairs)[4] = reinterpret_cast<const uint32_t (&)[4]>(words[v]);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const Two pair = reinterpret_cast<const Two&>(pairs[j]);
+      high = __hmax2_nan(high, kSymmetric ? __habs2(pair) : pair);
+      if constexpr (!kSymmetric) low = __hmin2_nan(low, pair);
+    }
+  }
+  const float2 highs = Halves<In>::floats(most);
+  highest = RowThreads::max_nan(highs.x, highs.y);
+  if constexpr (!kSymmetric) {
+    const float2 lows = Halves<In>::floats(least);
+    lowest = RowThreads::max_nan(-lows.x, -lows.y);
+  }
+}
+
+// The integers of eight such elements, as kRounder + x_q - zero.
+template <typename In, bool kSymmetric>
+__device__ __forceinline__ void integers_of_halves(const uint4& words, const RowGrid& grid, float (&q)[kVector]) {
+  const uint32_t (&pairs)[4] = reinterpret_cast<const uint32_t (&)[4]>(words);
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    const float2 pair = Halves<In>::floats(pairs[j]);
+    q[2 * j] = rounder_plus_quotient(pair.x, grid.divisor, grid.reciprocal);
+    q[2 * j + 1] = rounder_plus_quotient(pair.y, grid.divisor, grid.reciprocal);
+  }
+  if constexpr (!kSymmetric) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) q[i] = fminf(q[i], kRounder + grid.highest);
+  }
+}
+
 // Four integers kRounder + q as the bytes q.
 __device__ __forceinline__ uint32_t pack_bytes(float a, float b, float c, float d) {
   const uint32_t low = __byte_perm(__float_as_uint(a), __float_as_uint(b), 0x0040);

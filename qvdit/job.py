@@ -60,7 +60,7 @@ STAGES = ("calibrate", "statistics", "quantize", "trace", "export", "parity", "s
 # Changes whenever what is traced does: by whether attention is fusable.
 _TRACE = {True: "attention as product, softmax and product", False: "attention as PyTorch translates it"}
 # Changes whenever a TensorRT bundle's graphs do.
-_GRAPHS = "opset 17, softmax in FP16, GELU, LayerNorm and attention in the plugin's nodes"
+_GRAPHS = "opset 17, softmax in FP16, products by weights in float32, GELU, LayerNorm, attention in the plugin"
 
 Observe = Callable[[str], Any]
 """Called with a stage's name; returns a context manager that gives the stage's progress callback."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from qvdit.contract import QvditError
 
-ABI = 6  # QVDIT_ABI
+ABI = 7  # QVDIT_ABI
 STORED_ZERO = 128  # asymmetric x_q and z_x are stored less this, to fit int8
 
 VARIABLE = "QVDIT_KERNELS"  # names the library's file
@@ -42,6 +42,13 @@ class Dtype(IntEnum):
     S32 = 3
 
 
+class Quantizer(IntEnum):
+    """Which kernel quantizes; GROUPS, for tests, several rows at once wherever that is possible."""
+
+    AUTO = 0
+    GROUPS = 1
+
+
 class Tile(IntEnum):
     """Which GEMM kernel; AUTO chooses by a measured table."""
 
@@ -50,6 +57,7 @@ class Tile(IntEnum):
     MMA_128X256 = 2
     WGMMA_128X128 = 3
     WGMMA_128X192 = 4
+    WGMMA_128X96 = 5
 
 
 _POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
@@ -85,6 +93,8 @@ class QuantizeArgs(ctypes.Structure):
         ("u", _POINTER),
         ("row_sum", _POINTER),
         ("transformed", _POINTER),
+        ("quantizer", _INT),
+        ("reserved", _INT),
     )
 
 
@@ -197,6 +207,8 @@ class KernelLibrary:
             ("qvdit_gated_residual", GatedResidualArgs),
         ):
             getattr(self._library, name).argtypes = (ctypes.POINTER(arguments), ctypes.c_void_p)
+        layer = (ctypes.POINTER(arguments) for arguments in (QuantizeArgs, UnpackArgs, GemmArgs))
+        self._library.qvdit_low_bit_linear.argtypes = (*layer, ctypes.c_void_p)
 
     def check_device(self) -> None:
         """Raise QvditError unless the current device has kernels in this library."""
@@ -213,6 +225,11 @@ class KernelLibrary:
     def low_bit_gemm(self, arguments: GemmArgs, stream: int) -> None:
         """Steps 3 and 4 of the operator."""
         self._check(self._library.qvdit_low_bit_gemm(ctypes.byref(arguments), stream))
+
+    def low_bit_linear(self, quantize: QuantizeArgs, unpack: UnpackArgs, gemm: GemmArgs, stream: int) -> None:
+        """These three for one layer: the whole operator."""
+        pointers = (ctypes.byref(arguments) for arguments in (quantize, unpack, gemm))
+        self._check(self._library.qvdit_low_bit_linear(*pointers, stream))
 
     def attention(self, arguments: AttentionArgs, stream: int) -> None:
         """softmax(scale · q kᵀ) v."""

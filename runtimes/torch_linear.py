@@ -11,7 +11,7 @@ import torch
 
 from qvdit.contract import LowBitLayer
 from qvdit.contract.kernels import KernelConstants, mergeable, unserved
-from qvdit.runtimes import torch_ops  # noqa: F401  (torch_ops registers the operators)
+from qvdit.runtimes import torch_ops  # noqa: F401  (torch_ops registers the operator)
 
 
 class KernelLinear(torch.nn.Module):
@@ -45,36 +45,28 @@ class KernelLinear(torch.nn.Module):
         self.weight_bits, self.act_bits, self.act_symmetric = first.weight_bits, first.act_bits, first.act_symmetric
         self.rank, self.rows, self.rotation = first.rank, first.rows, first.rotation
         self.frames = 0 if first.frame_gain is None or not first.rank else len(first.frame_gain)
-        self.row_sums = first.weight_zero is not None and first.weight_bits == 8
         self.segment = first.shape[0]
         for name, value in vars(KernelConstants.of(layers)).items():
             self.register_buffer(name, None if value is None else torch.from_numpy(np.array(value, order="C")))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows = torch.ops.qvdit.quantize_rows(
+        return torch.ops.qvdit.quantized_linear(
             x,
             self.act_bits,
             self.act_symmetric,
-            inv_smooth=self.inv_smooth,
-            alpha=self.alpha,
-            frame_gain=self.frame_gain,
-            tokens_per_frame=self.tokens_per_frame(x),
-            row_sums=self.row_sums,
-            rotation=self.rotation,
-        )
-        y = torch.ops.qvdit.low_bit_linear(
-            *rows,
             self.words,
             self.weight_bits,
-            self.in_features,
             self.weight_scale,
             self.weight_zero,
-            self.beta,
             self.bias,
-            x.dtype,
-            segment=self.segment,
+            self.alpha,
+            self.beta,
+            self.frame_gain,
+            self.tokens_per_frame(x),
+            self.inv_smooth,
+            self.rotation,
+            self.segment,
         )
-        return y.reshape(*x.shape[:-1], self.out_features)
 
     def tokens_per_frame(self, x: torch.Tensor) -> int:
         """P for an input [..., L, K]: row m of the flattened input is of frame (m // P) mod T; 1 without gains."""

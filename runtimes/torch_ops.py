@@ -1,13 +1,16 @@
-"""The CUDA kernels as PyTorch operators: ``torch.ops.qvdit.quantize_rows`` and ``torch.ops.qvdit.low_bit_linear``.
+"""The CUDA kernels as PyTorch operators: ``torch.ops.qvdit.quantized_linear``, the whole of LowBitLinear, and its two
+parts, ``quantize_rows`` and ``low_bit_linear``.
 
-They compose: q, k and v, or whatever else reads one x, quantize it once. Both work under ``torch.compile`` (their fake
-implementations give shapes) and in CUDA graphs (kernels go to the current stream; nothing waits). Inference only.
+The parts compose: whatever reads one x can quantize it once. As a whole, weights are unpacked beside the quantizer. All
+work under ``torch.compile`` (their fake implementations give shapes) and in CUDA graphs (kernels go to the current
+stream; nothing waits). Inference only.
 
 Symbols: M rows of an input flattened to [M, K], K_pad the next multiple of 32, N output features, R rank, T frames.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 
@@ -48,6 +51,7 @@ def quantize_rows(
     modulation_shift: torch.Tensor | None = None,
     epsilon: float = 1e-6,
     rotation: int = 0,
+    quantizer: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Steps 1 and 2 of LowBitLinear for x [..., K], float32, float16 or bfloat16.
 
@@ -55,11 +59,12 @@ def quantize_rows(
     (m // tokens_per_frame) mod T; or [S, T], for S linears that read the same x, each with R / S of alpha's rows.
     prologue: plain, gelu (tanh) or layernorm (without weights, then · (1 + modulation_scale) + modulation_shift,
     float32 [B, K], B dividing M; their rows may be apart). rotation: features a block of the Walsh-Hadamard transform.
+    quantizer: of qvdit.runtimes.cuda.Quantizer, for tests.
     Returns x_q int8 [M, K_pad], asymmetric ones less 128; scale float32 [M]; zero int32 [M], the zero point of what is
     stored, [0] if symmetric; u float32 [R, M]; row_sum int32 [M], Σ (x_q - zero), [0] unless ``row_sums``.
     """
-    outputs = _quantized(x, symmetric, alpha, row_sums)
-    _launch_quantize(
+    outputs, x = _quantized(x, symmetric, alpha, row_sums), x.contiguous()
+    arguments = quantize_arguments(
         outputs,
         x,
         act_bits,
@@ -73,6 +78,8 @@ def quantize_rows(
         epsilon,
         rotation,
     )
+    arguments.quantizer = quantizer
+    launch("quantize_rows", x, arguments)
     return outputs
 
 
@@ -91,6 +98,7 @@ def _(
     modulation_shift: torch.Tensor | None = None,
     epsilon: float = 1e-6,
     rotation: int = 0,
+    quantizer: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     return _quantized(x, symmetric, alpha, row_sums)
 
@@ -124,11 +132,11 @@ def low_bit_linear(
     """
     y = _new(x_q, (x_q.shape[0], words.shape[0]), out_dtype)
     weight, weight_sum = unpack_weight(words, weight_bits, in_features, weight_zero, zero.numel() > 0)
-    apart = weight_zero is not None and weight_bits == 8  # such a zero point does not fit into int8 weights
-    if apart and row_sum.numel() == 0:
+    apart = _zeros_apart(weight_zero, weight_bits)
+    if apart is not None and len(row_sum) != len(x_q):
         raise QvditError("8-bit weights with zero points, without row_sum", "row_sum", "quantize with row_sums=True")
     rows = (x_q, scale, zero, u, row_sum)
-    gemm(rows, weight, weight_sum, weight_scale, weight_zero if apart else None, beta, bias, y, tile, segment)
+    gemm(rows, weight, weight_sum, weight_scale, apart, beta, bias, y, tile, segment)
     return y
 
 
@@ -153,27 +161,80 @@ def _(
     return _new(x_q, (x_q.shape[0], words.shape[0]), out_dtype)
 
 
+@torch.library.custom_op("qvdit::quantized_linear", mutates_args=(), device_types="cuda")
+def quantized_linear(
+    x: torch.Tensor,
+    act_bits: int,
+    symmetric: bool,
+    words: torch.Tensor,
+    weight_bits: int,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    alpha: torch.Tensor | None = None,
+    beta: torch.Tensor | None = None,
+    frame_gain: torch.Tensor | None = None,
+    tokens_per_frame: int = 1,
+    inv_smooth: torch.Tensor | None = None,
+    rotation: int = 0,
+    segment: int = 0,
+) -> torch.Tensor:
+    """LowBitLinear: y [..., N] of x's dtype for x [..., K]; arguments as :func:`quantize_rows` and
+    :func:`low_bit_linear` have them.
+    """
+    apart, x = _zeros_apart(weight_zero, weight_bits), x.contiguous()
+    rows = _quantized(x, symmetric, alpha, apart is not None)
+    weight, weight_sum = _unpacked(words, x.shape[-1], not symmetric)
+    y = _new(x, (*x.shape[:-1], words.shape[0]), x.dtype)
+    modulation = (None, None)
+    quantize = quantize_arguments(
+        rows,
+        x,
+        act_bits,
+        symmetric,
+        inv_smooth,
+        alpha,
+        frame_gain,
+        tokens_per_frame,
+        "plain",
+        modulation,
+        0.0,
+        rotation,
+    )
+    unpack = unpack_arguments(words, weight_bits, x.shape[-1], weight_zero, weight, weight_sum)
+    flat = y.view(-1, words.shape[0])
+    product = gemm_arguments(rows, weight, weight_sum, weight_scale, apart, beta, bias, flat, segment=segment)
+    launch("low_bit_linear", x, quantize, unpack, product)
+    return y
+
+
+@quantized_linear.register_fake
+def _(
+    x: torch.Tensor,
+    act_bits: int,
+    symmetric: bool,
+    words: torch.Tensor,
+    weight_bits: int,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    alpha: torch.Tensor | None = None,
+    beta: torch.Tensor | None = None,
+    frame_gain: torch.Tensor | None = None,
+    tokens_per_frame: int = 1,
+    inv_smooth: torch.Tensor | None = None,
+    rotation: int = 0,
+    segment: int = 0,
+) -> torch.Tensor:
+    return _new(x, (*x.shape[:-1], words.shape[0]), x.dtype)
+
+
 def unpack_weight(
     words: torch.Tensor, bits: int, k: int, zero: torch.Tensor | None, sums: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Packed words [N, b · K_pad / 32] → int8 [N, K_pad], less ``zero`` [N] where b < 8; its row sums, int32 [N]."""
-    _check_devices(words, zero)
-    n = words.shape[0]
-    weight = _new(words, (n, padded(k)), torch.int8)
-    weight_sum = _new(words, (n,), torch.int32) if sums else None
-    if words.dtype not in (torch.int32, torch.uint32):
-        raise QvditError(f"packed weights of {words.dtype}", "int32 or uint32", "pack them with qvdit.contract.packing")
-    arguments = cuda.UnpackArgs(
-        words=_pointer(words, words.dtype, (n, packed_words(k, bits))),
-        n=n,
-        k=k,
-        bits=bits,
-        zero=_pointer(zero, torch.int8, (n,)),
-        weight=_pointer(weight, torch.int8),
-        weight_sum=_pointer(weight_sum, torch.int32),
-    )
-    with torch.cuda.device(words.device):
-        _library(words.device.index).unpack_weight(arguments, _stream(words))
+    weight, weight_sum = _unpacked(words, k, sums)
+    launch("unpack_weight", words, unpack_arguments(words, bits, k, zero, weight, weight_sum))
     return weight, weight_sum
 
 
@@ -194,50 +255,17 @@ def gemm(
     weight, weight_sum: as :func:`unpack_weight` gives them; weight_zero: where it is not subtracted from ``weight``.
     segment: as for :func:`low_bit_linear`.
     """
-    x_q, scale, zero, u, row_sum = rows
-    _check_devices(y, *rows, weight, weight_sum, weight_scale, weight_zero, beta, bias)
-    m, n = y.shape
-    rank, segment = 0 if beta is None else beta.shape[0], segment or n
-    arguments = cuda.GemmArgs(
-        x_q=_pointer(x_q, torch.int8, (m, weight.shape[1])),
-        weight=_pointer(weight, torch.int8, (n, x_q.shape[1])),
-        m=m,
-        n=n,
-        k_pad=x_q.shape[1],
-        scale=_pointer(scale, torch.float32, (m,)),
-        weight_scale=_pointer(weight_scale, torch.float32, (n,)),
-        zero=_pointer(zero, torch.int32),
-        weight_sum=_pointer(weight_sum, torch.int32),
-        weight_zero=_pointer(weight_zero, torch.int8, (n,)),
-        row_sum=None if weight_zero is None else _pointer(row_sum, torch.int32),
-        u=_pointer(u, torch.float32, (n // segment * rank, m)) if rank else None,
-        beta=_pointer(beta, torch.float32, (rank, n)),
-        rank=rank,
-        segment=segment,
-        bias=_pointer(bias, torch.float32, (n,)),
-        y=_pointer(y, y.dtype),
-        y_dtype=_DTYPES[y.dtype],
-        tile=tile,
-    )
-    with torch.cuda.device(x_q.device):
-        _library(x_q.device.index).low_bit_gemm(arguments, _stream(x_q))
-
-
-def _quantized(
-    x: torch.Tensor, symmetric: bool, alpha: torch.Tensor | None, row_sums: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """quantize_rows' results, not yet filled."""
-    m = math.prod(x.shape[:-1])
-    return (
-        _new(x, (m, padded(x.shape[-1])), torch.int8),
-        _new(x, (m,), torch.float32),
-        _new(x, (0 if symmetric else m,), torch.int32),
-        _new(x, (0 if alpha is None else alpha.shape[0], m), torch.float32),
-        _new(x, (m if row_sums else 0,), torch.int32),
+    launch(
+        "low_bit_gemm",
+        y,
+        gemm_arguments(rows, weight, weight_sum, weight_scale, weight_zero, beta, bias, y, tile, segment),
     )
 
 
-def _launch_quantize(
+# What the library is called with; addresses only, so the tensors must outlive the call --------------------------------
+
+
+def quantize_arguments(
     outputs: tuple[torch.Tensor, ...],
     x: torch.Tensor,
     act_bits: int,
@@ -251,9 +279,8 @@ def _launch_quantize(
     epsilon: float,
     rotation: int = 0,
     transformed: torch.Tensor | None = None,
-) -> None:
-    """Fill quantize_rows' results; ``transformed``, float32 [M, K], receives x̃."""
-    x = x.contiguous()
+) -> cuda.QuantizeArgs:
+    """As for :func:`quantize_rows`, into its results; x dense. ``transformed``, float32 [M, K], receives x̃."""
     _check_devices(x, inv_smooth, alpha, frame_gain, *modulation)
     k = x.shape[-1]
     m = x.numel() // k
@@ -267,7 +294,7 @@ def _launch_quantize(
         raise QvditError(
             f"{x.dtype} and prologue {prologue!r}", f"a float type and one of {sorted(PROLOGUES)}", "cast x"
         )
-    arguments = cuda.QuantizeArgs(
+    return cuda.QuantizeArgs(
         x=_pointer(x, x.dtype),
         m=m,
         k=k,
@@ -295,8 +322,101 @@ def _launch_quantize(
         row_sum=_pointer(row_sum, torch.int32),
         transformed=_pointer(transformed, torch.float32, (m, k)),
     )
-    with torch.cuda.device(x.device):
-        _library(x.device.index).quantize_rows(arguments, _stream(x))
+
+
+def unpack_arguments(
+    words: torch.Tensor,
+    bits: int,
+    k: int,
+    zero: torch.Tensor | None,
+    weight: torch.Tensor,
+    weight_sum: torch.Tensor | None,
+) -> cuda.UnpackArgs:
+    """As for :func:`unpack_weight`, into weight and weight_sum."""
+    _check_devices(words, zero)
+    n = words.shape[0]
+    if words.dtype not in (torch.int32, torch.uint32):
+        raise QvditError(f"packed weights of {words.dtype}", "int32 or uint32", "pack them with qvdit.contract.packing")
+    return cuda.UnpackArgs(
+        words=_pointer(words, words.dtype, (n, packed_words(k, bits))),
+        n=n,
+        k=k,
+        bits=bits,
+        zero=_pointer(zero, torch.int8, (n,)),
+        weight=_pointer(weight, torch.int8),
+        weight_sum=_pointer(weight_sum, torch.int32),
+    )
+
+
+def gemm_arguments(
+    rows: tuple[torch.Tensor, ...],
+    weight: torch.Tensor,
+    weight_sum: torch.Tensor | None,
+    weight_scale: torch.Tensor,
+    weight_zero: torch.Tensor | None,
+    beta: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    y: torch.Tensor,
+    tile: int = 0,
+    segment: int = 0,
+) -> cuda.GemmArgs:
+    """As for :func:`gemm`."""
+    x_q, scale, zero, u, row_sum = rows
+    _check_devices(y, *rows, weight, weight_sum, weight_scale, weight_zero, beta, bias)
+    m, n = y.shape
+    rank, segment = 0 if beta is None else beta.shape[0], segment or n
+    return cuda.GemmArgs(
+        x_q=_pointer(x_q, torch.int8, (m, weight.shape[1])),
+        weight=_pointer(weight, torch.int8, (n, x_q.shape[1])),
+        m=m,
+        n=n,
+        k_pad=x_q.shape[1],
+        scale=_pointer(scale, torch.float32, (m,)),
+        weight_scale=_pointer(weight_scale, torch.float32, (n,)),
+        zero=_pointer(zero, torch.int32),
+        weight_sum=_pointer(weight_sum, torch.int32),
+        weight_zero=_pointer(weight_zero, torch.int8, (n,)),
+        row_sum=None if weight_zero is None else _pointer(row_sum, torch.int32),
+        u=_pointer(u, torch.float32, (n // segment * rank, m)) if rank else None,
+        beta=_pointer(beta, torch.float32, (rank, n)),
+        rank=rank,
+        segment=segment,
+        bias=_pointer(bias, torch.float32, (n,)),
+        y=_pointer(y, y.dtype),
+        y_dtype=_DTYPES[y.dtype],
+        tile=tile,
+    )
+
+
+def launch(name: str, like: torch.Tensor, *arguments: ctypes.Structure) -> None:
+    """Call one of the library's launch functions on a tensor's device and its current stream."""
+    with torch.cuda.device(like.device):
+        getattr(_library(like.device.index), name)(*arguments, _stream(like))
+
+
+def _quantized(
+    x: torch.Tensor, symmetric: bool, alpha: torch.Tensor | None, row_sums: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """quantize_rows' results, not yet filled."""
+    m = math.prod(x.shape[:-1])
+    return (
+        _new(x, (m, padded(x.shape[-1])), torch.int8),
+        _new(x, (m,), torch.float32),
+        _new(x, (0 if symmetric else m,), torch.int32),
+        _new(x, (0 if alpha is None else alpha.shape[0], m), torch.float32),
+        _new(x, (m if row_sums else 0,), torch.int32),
+    )
+
+
+def _unpacked(words: torch.Tensor, k: int, sums: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """unpack_weight's results, not yet filled."""
+    n = words.shape[0]
+    return _new(words, (n, padded(k)), torch.int8), _new(words, (n,), torch.int32) if sums else None
+
+
+def _zeros_apart(weight_zero: torch.Tensor | None, bits: int) -> torch.Tensor | None:
+    """Zero points that are not subtracted while weights are unpacked: those of 8-bit weights do not fit."""
+    return weight_zero if bits == 8 else None
 
 
 def _check_devices(like: torch.Tensor, *others: torch.Tensor | None) -> None:

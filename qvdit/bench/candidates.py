@@ -72,13 +72,15 @@ class LowBit:
 
     def quantize(self, x: torch.Tensor, rank: int = 0, prologue: str = "plain") -> Rows:
         """quantize_rows' results; ranks above 0 with frame gain."""
-        options: dict[str, object] = {"prologue": prologue}
-        if rank:
-            per_frame = max(len(x) // FRAMES, 1)
-            options |= {"alpha": self.alpha[:rank], "frame_gain": self.gain, "tokens_per_frame": per_frame}
+        options = self.low_rank(x, rank) | {"prologue": prologue}
         if prologue == "layernorm":
             options |= {"modulation_scale": self.modulation[:1], "modulation_shift": self.modulation[1:]}
         return torch.ops.qvdit.quantize_rows(x, 8, True, **options)
+
+    def low_rank(self, x: torch.Tensor, rank: int) -> dict[str, object]:
+        """The input side of a low-rank term, for x."""
+        per_frame = max(len(x) // FRAMES, 1)
+        return {"alpha": self.alpha[:rank], "frame_gain": self.gain, "tokens_per_frame": per_frame} if rank else {}
 
     def gemm(self, rows: Rows, i: int, y: torch.Tensor, rank: int, tile: int, bias: bool = True) -> None:
         """The product alone, with its whole epilogue, into y."""
@@ -88,9 +90,9 @@ class LowBit:
 
     def linear(self, x: torch.Tensor, i: int, rank: int, bits: int) -> torch.Tensor:
         """The whole linear: quantization, weights unpacked from ``bits``, product, epilogue."""
-        beta = self.beta[:rank] if rank else None
-        weights = (self.words[bits][i], bits, x.shape[1], self.scale, None, beta, self.bias, x.dtype)
-        return torch.ops.qvdit.low_bit_linear(*self.quantize(x, rank), *weights)
+        options = self.low_rank(x, rank) | ({"beta": self.beta[:rank]} if rank else {})
+        weights = (self.words[bits][i], bits, self.scale)
+        return torch.ops.qvdit.quantized_linear(x, 8, True, *weights, bias=self.bias, **options)
 
 
 def candidates(shape: Shape, tiles: bool, device: torch.device) -> list[Candidate]:

@@ -22,7 +22,7 @@ int32_t check(const qvdit_gemm_args& args) {
   const long long segment = args.segment;
   QVDIT_REQUIRE(segment == n || (segment >= kSegmentStep && segment % kSegmentStep == 0 && n % segment == 0),
                 "segments of %lld columns, of %lld; multiples of %d that divide them", segment, n, kSegmentStep);
-  QVDIT_REQUIRE(args.tile >= QVDIT_TILE_AUTO && args.tile <= QVDIT_TILE_WGMMA_128X192, "tile %d", args.tile);
+  QVDIT_REQUIRE(args.tile >= QVDIT_TILE_AUTO && args.tile <= QVDIT_TILE_WGMMA_128X96, "tile %d", args.tile);
   QVDIT_REQUIRE(on_multiple(args.x_q, 16) && on_multiple(args.weight, 16),
                 "x_q or weight not on a multiple of 16 bytes");
   QVDIT_REQUIRE(on_multiple(args.y, 8) && on_multiple(args.weight_scale, 8) && on_multiple(args.weight_sum, 8) &&
@@ -67,8 +67,8 @@ int64_t waves(const qvdit_gemm_args& args, int columns) {
   return (tiles + multiprocessors - 1) / multiprocessors;
 }
 
-// Whether tiles of 192 columns are faster than those of 128. On an H100, 2026-11-25, bf16 out, rank 1, TOP/s of
-// 128x192 / 128x128, one of them 1.4 times the time of the other:
+// A tile's time, relative: what has the fewest waves is not always fastest. On an H100, 2026-11-25, bf16 out, rank 1,
+// TOP/s of 128x192 / 128x128, one of them 1.4 times the time of the other:
 //
 //   M      N      K      192 / 128       M      N      K      192 / 128      M    N     K      192 / 128
 //   32768  1152   1152   1182 / 1078     32768  1920   1920   1443 / 1288    512  5120  5120    995 / 859
@@ -77,15 +77,32 @@ int64_t waves(const qvdit_gemm_args& args, int columns) {
 //   32768  1536   1536   1374 / 1232     16384  12288  3072   1382 / 1297
 //   32768  8960   1536   1292 / 1289     32768  3072   12288  1369 / 1287
 //   32768  5120   5120   1371 / 1311
-bool prefers_192(const qvdit_gemm_args& args) {
-  if (!suits_low_rank(args) || !in_one_segment(args, 192)) return false;
-  return waves(args, 192) * 7 <= waves(args, 128) * 5;
+//
+// Of 96 columns few rows have more tiles. On an H200, 2026-11-28, µs of 96 / 128 / 192 for 512 rows: 1920 x 1920 7.3, 8.5
+// and 11; 3072 x 3072 10.0, 11.6 and 15; 3072 x 12288 29.5, 34.7 and 48; 5120 x 5120 24, 29 and 24; 7680 x 1920 16, 14
+// and 18; 12288 x 3072 31, 30 and 30.
+struct WgmmaTileTime {
+  int tile, columns, time;
+};
+constexpr WgmmaTileTime kTileTimes[] = {
+    {QVDIT_TILE_WGMMA_128X192, 192, 7}, {QVDIT_TILE_WGMMA_128X128, 128, 5}, {QVDIT_TILE_WGMMA_128X96, 96, 4}};
+
+int fastest_wgmma(const qvdit_gemm_args& args) {
+  int best = QVDIT_TILE_WGMMA_128X128;
+  if (!suits_low_rank(args)) return best;
+  int64_t least = INT64_MAX;
+  for (const WgmmaTileTime& each : kTileTimes) {
+    const bool suits = in_one_segment(args, each.columns) && !(args.zero && each.tile == QVDIT_TILE_WGMMA_128X96);
+    const int64_t time = waves(args, each.columns) * each.time;
+    if (suits && time < least) best = each.tile, least = time;
+  }
+  return best;
 }
 #endif
 
 int choose_tile(const qvdit_gemm_args& args) {
 #if defined(QVDIT_WITH_WGMMA)
-  if (is_hopper() && suits_wgmma(args)) return prefers_192(args) ? QVDIT_TILE_WGMMA_128X192 : QVDIT_TILE_WGMMA_128X128;
+  if (is_hopper() && suits_wgmma(args)) return fastest_wgmma(args);
 #endif
   return QVDIT_TILE_MMA_128X128;  // on an H200 faster than 128x256 at every shape, and its tiles are more
 }
@@ -118,10 +135,6 @@ int32_t run_wgmma_128(const qvdit_gemm_args& args, cudaStream_t stream) {
 }
 
 int32_t run_wgmma_192(const qvdit_gemm_args& args, cudaStream_t stream) {
-  QVDIT_REQUIRE(
-      suits_low_rank(args),
-      "tiles of 192 columns are for 16-bit outputs, rank 0 to %d and no weight_zero, not rank %lld and type %d",
-      kLowRank, static_cast<long long>(args.rank), args.y_dtype);
   const bool rank1 = args.rank <= 1;
   if (args.y_dtype == QVDIT_F16) {
     if (args.zero) {
@@ -136,17 +149,31 @@ int32_t run_wgmma_192(const qvdit_gemm_args& args, cudaStream_t stream) {
   }
   return rank1 ? qvdit::gemm_wgmma_rank1_192_bf16(args, stream) : qvdit::gemm_wgmma_rank4_192_bf16(args, stream);
 }
+
+int32_t run_wgmma_96(const qvdit_gemm_args& args, cudaStream_t stream) {
+  QVDIT_REQUIRE(!args.zero, "tiles of 96 columns are for rows without a zero point");
+  const bool rank1 = args.rank <= 1;
+  if (args.y_dtype == QVDIT_F16) {
+    return rank1 ? qvdit::gemm_wgmma_rank1_96_f16(args, stream) : qvdit::gemm_wgmma_rank4_96_f16(args, stream);
+  }
+  return rank1 ? qvdit::gemm_wgmma_rank1_96_bf16(args, stream) : qvdit::gemm_wgmma_rank4_96_bf16(args, stream);
+}
 #endif
 
-int32_t run_wgmma(const qvdit_gemm_args& args, bool wide, cudaStream_t stream) {
+int32_t run_wgmma(const qvdit_gemm_args& args, int columns, cudaStream_t stream) {
 #if defined(QVDIT_WITH_WGMMA)
   if (!is_hopper()) return qvdit::fail(QVDIT_NO_KERNEL, "wgmma tiles run on Hopper only");
   QVDIT_REQUIRE(suits_wgmma(args),
                 "wgmma tiles write 16-bit or int32 rows of a multiple of 16 bytes, not %lld of type %d",
                 static_cast<long long>(args.n), args.y_dtype);
-  return wide ? run_wgmma_192(args, stream) : run_wgmma_128(args, stream);
+  if (columns == 128) return run_wgmma_128(args, stream);
+  QVDIT_REQUIRE(
+      suits_low_rank(args),
+      "tiles of %d columns are for 16-bit outputs, rank 0 to %d and no weight_zero, not rank %lld and type %d", columns,
+      kLowRank, static_cast<long long>(args.rank), args.y_dtype);
+  return columns == 192 ? run_wgmma_192(args, stream) : run_wgmma_96(args, stream);
 #else
-  (void)args, (void)wide, (void)stream;
+  (void)args, (void)columns, (void)stream;
   return qvdit::fail(QVDIT_NO_KERNEL, "this library was built without the wgmma kernels (no CUTLASS, or not for 90a)");
 #endif
 }
@@ -158,6 +185,8 @@ int columns_of(int tile) {
       return 256;
     case QVDIT_TILE_WGMMA_128X192:
       return 192;
+    case QVDIT_TILE_WGMMA_128X96:
+      return 96;
     default:
       return 128;
   }
@@ -170,16 +199,15 @@ extern "C" int32_t qvdit_low_bit_gemm(const qvdit_gemm_args* args, void* stream)
   if (const int32_t status = check(*args)) return status;
   const cudaStream_t on = static_cast<cudaStream_t>(stream);
   const int tile = args->tile == QVDIT_TILE_AUTO ? choose_tile(*args) : args->tile;
-  QVDIT_REQUIRE(in_one_segment(*args, columns_of(tile)), "segments of %lld columns with tiles of %d",
-                static_cast<long long>(args->segment), columns_of(tile));
+  const int columns = columns_of(tile);
+  QVDIT_REQUIRE(in_one_segment(*args, columns), "segments of %lld columns with tiles of %d",
+                static_cast<long long>(args->segment), columns);
   switch (tile) {
     case QVDIT_TILE_MMA_128X128:
       return run_mma(*args, false, on);
     case QVDIT_TILE_MMA_128X256:
       return run_mma(*args, true, on);
-    case QVDIT_TILE_WGMMA_128X128:
-      return run_wgmma(*args, false, on);
     default:
-      return run_wgmma(*args, true, on);
+      return run_wgmma(*args, columns, on);
   }
 }

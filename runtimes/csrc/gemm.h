@@ -18,14 +18,18 @@ int32_t gemm_wgmma_any_f16(const qvdit_gemm_args& args, cudaStream_t stream);  /
 int32_t gemm_wgmma_any_bf16(const qvdit_gemm_args& args, cudaStream_t stream);
 int32_t gemm_wgmma_any_s32(const qvdit_gemm_args& args, cudaStream_t stream);
 
-// Of rank 0 or 1, and of rank 2 to 4, without weight_zero; with zero or without. 192 columns: a tile must lie in one
-// segment.
+// Of rank 0 or 1, and of rank 2 to 4, without weight_zero; with zero or without. 96 and 192 columns: a tile must lie in
+// one segment.
+int32_t gemm_wgmma_rank1_96_f16(const qvdit_gemm_args& args, cudaStream_t stream);
+int32_t gemm_wgmma_rank1_96_bf16(const qvdit_gemm_args& args, cudaStream_t stream);
 int32_t gemm_wgmma_rank1_128_f16(const qvdit_gemm_args& args, cudaStream_t stream);
 int32_t gemm_wgmma_rank1_128_bf16(const qvdit_gemm_args& args, cudaStream_t stream);
 int32_t gemm_wgmma_rank1_192_f16(const qvdit_gemm_args& args, cudaStream_t stream);
 int32_t gemm_wgmma_rank1_192_bf16(const qvdit_gemm_args& args, cudaStream_t stream);
 int32_t gemm_wgmma_rank1_zero_192_f16(const qvdit_gemm_args& args, cudaStream_t stream);
 int32_t gemm_wgmma_rank1_zero_192_bf16(const qvdit_gemm_args& args, cudaStream_t stream);
+int32_t gemm_wgmma_rank4_96_f16(const qvdit_gemm_args& args, cudaStream_t stream);
+int32_t gemm_wgmma_rank4_96_bf16(const qvdit_gemm_args& args, cudaStream_t stream);
 int32_t gemm_wgmma_rank4_128_f16(const qvdit_gemm_args& args, cudaStream_t stream);
 int32_t gemm_wgmma_rank4_128_bf16(const qvdit_gemm_args& args, cudaStream_t stream);
 int32_t gemm_wgmma_rank4_192_f16(const qvdit_gemm_args& args, cudaStream_t stream);

@@ -110,19 +110,26 @@ CUTLASS_DEVICE auto wgmma_place(cutlass::epilogue::fusion::ConsumerStoreArgs<Arg
                                          static_cast<int>(gemm.m) - m, static_cast<int>(gemm.n) - n};
 }
 
-// Visitor: a tree of CUTLASS's that makes y as Out.
-template <typename Out, int kBlockN, class Visitor>
+// Visitor: a tree of CUTLASS's that makes y as Out. kSubtileN: columns of what a warpgroup takes from its accumulators,
+// converts and hands to TMA at once; 64 rows. CUTLASS's own choice is 32. A subtile costs its threads two meetings and
+// a wait for the one before, and an epilogue that outlasts the other warpgroup's mainloop is what bounds K = 1152.
+template <typename Out, int kBlockN, int kSubtileN, class Visitor>
 struct WgmmaGemm {
   using Tile = WgmmaTile<kBlockN>;
+  using Subtile = cute::Shape<cute::_64, cute::Int<kSubtileN>>;
   using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
   using Row = cutlass::layout::RowMajor;
   using Column = cutlass::layout::ColumnMajor;  // of the weights: [N, K] in memory is K x N by columns
   static constexpr int kOutAlignment = 16 / sizeof(Out);
 
-  using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
-      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster,
-      cutlass::epilogue::collective::EpilogueTileAuto, int32_t, float, void, Row, kOutAlignment, Out, Row,
-      kOutAlignment, cutlass::epilogue::TmaWarpSpecialized, Visitor>::CollectiveOp;
+  static constexpr int kThreads = 128, kSourceStages = 1, kStoreStages = 2;
+  static constexpr bool kReuseSource = false, kDelayStore = true;
+  using EpiloguePolicy = cutlass::epilogue::Sm90TmaWarpSpecialized<kSourceStages, kStoreStages, 64 * kSubtileN / kThreads,
+                                                                   kReuseSource, kDelayStore>;
+  // Not by CUTLASS's CollectiveBuilder, whose policy depends on the types alone.
+  using Epilogue = typename cutlass::epilogue::collective::detail::Sm90TmaBuilderImpl<
+      Tile, Subtile, int32_t, float, void, Row, kOutAlignment, Out, Row, kOutAlignment, Visitor,
+      EpiloguePolicy>::CollectiveOp;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, int8_t, Row, 16, int8_t, Column, 16, int32_t, Tile, Cluster,
       cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,

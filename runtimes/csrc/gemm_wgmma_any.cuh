@@ -185,7 +185,7 @@ struct LowBitVisitor : LeafVisitor {
 template <typename Out, int kBlockN>
 int32_t launch_wgmma_any(const qvdit_gemm_args& args, cudaStream_t stream) {
   using Visitor = cutlass::epilogue::fusion::Sm90EVT<LowBitVisitor<Out, 128, kBlockN, 128>>;
-  return WgmmaGemm<Out, kBlockN, Visitor>::run(args, {args}, stream);
+  return WgmmaGemm<Out, kBlockN, 32, Visitor>::run(args, {args}, stream);
 }
 
 }  // namespace qvdit

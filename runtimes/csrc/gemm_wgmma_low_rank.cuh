@@ -1,4 +1,4 @@
-// Hopper's GEMM of rank 0 to kRanks, its epilogue one visitor of this project's:
+// Hopper's GEMM of rank 0 to kRanks, 1 or 4, its epilogue one visitor of this project's:
 //
 //   y = Σ_r u_r · beta_r + (bias + scale · (weight_scale · acc))    float32; u of the column's segment; null: 0
 //
@@ -8,6 +8,9 @@
 // wait for what they load. So a tile's factors come from device memory all at once, by cp.async (CUTLASS's visitors
 // wait for each vector in turn), and the factors of a column, or of a row, lie beside each other: 16 bytes a load.
 // Registers are what limits this: 192 of a thread's 232 hold accumulators.
+//
+// Four ranks as a product of the tensor cores (mma.m16n8k8, u and beta as two TF32 numbers each) are slower everywhere:
+// on an H200, 2026-11-28, 361 µs for 339 at 32768 x 4608 x 1152 and 1424 for 1274 at 32768 x 5120 x 5120.
 #pragma once
 
 #include "gemm_epilogue.cuh"
@@ -54,11 +57,13 @@ struct RanksVisitor : LeafVisitor {
     int thread;
     Params const& args;
     SharedStorage& shared;
-    // What a subtile leaves to the one below it: their columns' factors (weight_scale and bias of a pair), and that
-    // one's Σ_r u_r beta_r.
+    // What a subtile leaves to the one below it: their columns' factors (weight_scale and bias of a pair), and of one
+    // rank beta, of four, which would take too many registers, that one's Σ_r u_r beta_r.
+    static constexpr bool kKeepsBeta = kRanks == 1;
     float4 affine[kPairs];
     int2 weight_sum[kPairs];
-    float below[Place::kSize];
+    typename SharedStorage::Pair beta[kKeepsBeta ? kPairs : 1];
+    float below[kKeepsBeta ? 1 : Place::kSize];
 
     CUTLASS_DEVICE void begin() {
       const int m = place.tile_m + thread;
@@ -93,12 +98,12 @@ struct RanksVisitor : LeafVisitor {
     }
 
     // Subtiles come by columns: (0, 0), (1, 0), (0, 1), … What two below each other share is read once for both, save
-    // for the first four: the registers that would keep it hold accumulators until then.
+    // for the first two: the registers that would keep it hold accumulators until then.
     template <int kSize>
     CUTLASS_DEVICE cutlass::Array<Out, kSize> visit(cutlass::Array<int32_t, kSize> const& acc, int, int epi_m,
                                                     int epi_n) {
       static_assert(kSize == Place::kSize && Place::in_wgmma_order(), "another order of accumulators");
-      const bool shares = epi_n > 1, reads = epi_m == 0 || !shares;
+      const bool shares = epi_n > 0, reads = epi_m == 0 || !shares;
       float scale[2];
       int32_t zero[2];
       Ranks u[2], u_below[2];
@@ -107,19 +112,19 @@ struct RanksVisitor : LeafVisitor {
         const int m = place.row(epi_m, h);
         scale[h] = shared.scale[m];
         if constexpr (kZero) zero[h] = shared.zero[m];
-        if (reads) u[h] = shared.u[m];
-        if (reads && shares) u_below[h] = shared.u[place.row(1, h)];
+        if (kKeepsBeta || reads) u[h] = shared.u[m];
+        if (!kKeepsBeta && reads && shares) u_below[h] = shared.u[place.row(1, h)];
       }
       cutlass::Array<float, kSize> y;
 #pragma unroll
       for (int p = 0; p < kPairs; ++p) {
         const int n = place.column(epi_n, p);
+        typename SharedStorage::Pair& pair = beta[kKeepsBeta ? p : 0];
         if (reads) {
           affine[p] = *reinterpret_cast<const float4*>(shared.affine + n);
           if constexpr (kZero) weight_sum[p] = *reinterpret_cast<const int2*>(shared.weight_sum + n);
+          pair = shared.beta[n / 2];
         }
-        typename SharedStorage::Pair beta;
-        if (reads) beta = shared.beta[n / 2];
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           const float weight_scale = j ? affine[p].z : affine[p].x, bias = j ? affine[p].w : affine[p].y;
@@ -129,8 +134,12 @@ struct RanksVisitor : LeafVisitor {
             int32_t sum = acc[i];
             if constexpr (kZero) sum -= zero[h] * (j ? weight_sum[p].y : weight_sum[p].x);
             y[i] = bias + scale[h] * (weight_scale * static_cast<float>(sum));
-            y[i] = reads ? plus_product(y[i], u[h], beta.of[j]) : y[i] + below[i];
-            if (reads && shares) below[i] = plus_product(0.f, u_below[h], beta.of[j]);
+            if constexpr (kKeepsBeta) {
+              y[i] = plus_product(y[i], u[h], pair.of[j]);
+            } else {
+              y[i] = reads ? plus_product(y[i], u[h], pair.of[j]) : y[i] + below[i];
+              if (reads && shares) below[i] = plus_product(0.f, u_below[h], pair.of[j]);
+            }
           }
         }
       }
@@ -153,10 +162,16 @@ struct RanksVisitor : LeafVisitor {
   SharedStorage* shared_;
 };
 
+// Columns of a subtile, on an H200, 2026-11-28, bf16 out, µs of 32, 64 and 96 for 32768 x 4608 x 1152: 309, 285 and 278
+// of rank 1 (96 takes one of the mainloop's five stages, which costs nothing at K = 4608), 360, 339 and 356 of rank 4,
+// whose registers are too few for 96; of half of it at once, 64 x 192, 297. More stages of stores change nothing.
+template <int kBlockN, int kRanks>
+constexpr int kSubtileColumns = kBlockN == 96 || (kBlockN == 192 && kRanks == 1) ? 96 : 64;
+
 template <typename Out, int kBlockN, int kRanks, bool kZero>
 int32_t launch_wgmma_low_rank(const qvdit_gemm_args& args, cudaStream_t stream) {
   using Visitor = cutlass::epilogue::fusion::Sm90EVT<RanksVisitor<Out, 128, kBlockN, 128, kRanks, kZero>>;
-  return WgmmaGemm<Out, kBlockN, Visitor>::run(args, {args}, stream);
+  return WgmmaGemm<Out, kBlockN, kSubtileColumns<kBlockN, kRanks>, Visitor>::run(args, {args}, stream);
 }
 
 }  // namespace qvdit

@@ -10,16 +10,18 @@
 namespace {
 
 template <int kBits>
-void unpack(const uint32_t* words, int64_t n, int64_t k, int8_t* weight) {
+void unpack(const uint32_t* words, const int8_t* zero, int64_t n, int64_t k, int8_t* weight) {
   const int64_t blocks = qvdit::padded(k) / qvdit::kRowPad;
   for (int64_t row = 0; row < n; ++row) {
     for (int64_t block = 0; block < blocks; ++block) {
       uint32_t packed[kBits];
       std::memcpy(packed, words + (row * blocks + block) * kBits, sizeof(packed));
-      for (int i = 0; i < qvdit::kRowPad; ++i) {
-        const int64_t column = block * qvdit::kRowPad + i;
-        if (column < k) weight[row * k + column] = static_cast<int8_t>(qvdit::unpack_value<kBits>(packed, i));
+      uint32_t values[qvdit::kRowPad / 4];
+      for (int i = 0; i < qvdit::kRowPad / 4; ++i) {
+        values[i] = qvdit::CodeOffset<kBits>(zero ? zero[row] : 0).values(qvdit::unpack_codes<kBits>(packed, i));
       }
+      const int64_t first = block * qvdit::kRowPad, count = k - first < qvdit::kRowPad ? k - first : qvdit::kRowPad;
+      std::memcpy(weight + row * k + first, values, count);
     }
   }
 }
@@ -45,23 +47,24 @@ int64_t wrong_quotients_of(uint32_t mantissa) {
 
 extern "C" {
 
-// words: [N, b · K_pad / 32] → weight: int8 [N, K]. Returns a qvdit_status.
-QVDIT_API int32_t qvdit_host_unpack(const uint32_t* words, int32_t bits, int64_t n, int64_t k, int8_t* weight) {
+// words: [N, b · K_pad / 32] → weight: int8 [N, K], less zero [N] (null: 0; b < 8). Returns a qvdit_status.
+QVDIT_API int32_t qvdit_host_unpack(const uint32_t* words, int32_t bits, const int8_t* zero, int64_t n, int64_t k,
+                                    int8_t* weight) {
   switch (bits) {
     case 2:
-      unpack<2>(words, n, k, weight);
+      unpack<2>(words, zero, n, k, weight);
       return QVDIT_OK;
     case 3:
-      unpack<3>(words, n, k, weight);
+      unpack<3>(words, zero, n, k, weight);
       return QVDIT_OK;
     case 4:
-      unpack<4>(words, n, k, weight);
+      unpack<4>(words, zero, n, k, weight);
       return QVDIT_OK;
     case 6:
-      unpack<6>(words, n, k, weight);
+      unpack<6>(words, zero, n, k, weight);
       return QVDIT_OK;
     case 8:
-      unpack<8>(words, n, k, weight);
+      unpack<8>(words, zero, n, k, weight);
       return QVDIT_OK;
     default:
       return QVDIT_INVALID;

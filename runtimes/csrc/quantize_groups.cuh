@@ -6,8 +6,8 @@
 //   instructions, an element: about 1 (convert) + 0.5 (range) + 4 (quotient) + 1 (pack, store), + 1 where asymmetric,
 //   and 0.25 for every four ranks in groups of eight rows, for every rank in groups of two.
 //   µs for 32768 rows of bf16 at rank 4 on an H200 (2026-11-28), with float32 products in the registers, and so:
-//   K = 1152: 49, 42 | 3072: 136, 107 | 4608: 206, 138 | 5120: 236, 161. Splitting alpha costs each block some µs: of
-//   512 rows, K = 5120, it makes 13 out of 9.
+//   K = 1152: 49, 42 | 3072: 136, 107 | 4608: 206, 138 | 5120: 236, 161. Splitting alpha costs each block some µs:
+//   quantize.cu leaves few rows to the other kernel.
 //
 // A warp's lanes are those of the column operand of mma.m16n8k32: lane 4 c + t holds 8 elements of column c, beside
 // those of the lanes t of the same c. The 8 columns are the group's rows, or, where it has fewer, rows times parts of

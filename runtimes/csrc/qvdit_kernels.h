@@ -20,7 +20,7 @@ extern "C" {
 #endif
 
 // Changes whenever a struct or the meaning of a field does.
-#define QVDIT_ABI 6
+#define QVDIT_ABI 7
 
 enum qvdit_status {
   QVDIT_OK = 0,
@@ -37,12 +37,18 @@ enum qvdit_prologue {
   QVDIT_GELU = 2,       // GELU, tanh approximation
 };
 
+enum qvdit_quantizer {
+  QVDIT_QUANTIZER_AUTO = 0,    // chosen from the sizes
+  QVDIT_QUANTIZER_GROUPS = 1,  // for tests: several rows at once wherever that is possible, few rows too
+};
+
 enum qvdit_tile {
   QVDIT_TILE_AUTO = 0,           // chosen from the sizes and the device
   QVDIT_TILE_MMA_128X128 = 1,    // mma.sync, every device
   QVDIT_TILE_MMA_128X256 = 2,    // mma.sync, every device
   QVDIT_TILE_WGMMA_128X128 = 3,  // Hopper
   QVDIT_TILE_WGMMA_128X192 = 4,  // Hopper: rank 0 to 4, no weight_zero, y of 16 bits
+  QVDIT_TILE_WGMMA_128X96 = 5,   // Hopper: as 128x192, and no zero
 };
 
 // Steps 1 and 2 of LowBitLinear, and the input side of its low-rank term.
@@ -86,11 +92,13 @@ struct qvdit_quantize_args {
   float* u;            // [R, M], or null where rank is 0
   int32_t* row_sum;    // [M]: Σ_k (x_q - zero), exact; or null
   float* transformed;  // [M, K]: x̃, for tests; or null
+  int32_t quantizer;   // enum qvdit_quantizer
+  int32_t reserved;    // 0
 };
 
 // Canonically packed weights to int8, with the zero point subtracted where the difference fits: b < 8.
 struct qvdit_unpack_args {
-  const uint32_t* words;  // [N, b · K_pad / 32], as qvdit/contract/packing.py packs them
+  const uint32_t* words;  // [N, b · K_pad / 32], as qvdit/contract/packing.py packs them; 16-byte aligned
   int64_t n, k;
   int32_t bits;         // b: 2, 3, 4, 6 or 8
   int32_t reserved;     // 0
@@ -181,6 +189,13 @@ QVDIT_API int32_t qvdit_check_device(void);
 QVDIT_API int32_t qvdit_quantize_rows(const struct qvdit_quantize_args* args, void* stream);
 QVDIT_API int32_t qvdit_unpack_weight(const struct qvdit_unpack_args* args, void* stream);
 QVDIT_API int32_t qvdit_low_bit_gemm(const struct qvdit_gemm_args* args, void* stream);
+
+// These three for one layer, which must read what the others write: on Hopper and later its weights are unpacked beside
+// the quantizer rather than after it.
+QVDIT_API int32_t qvdit_low_bit_linear(const struct qvdit_quantize_args* quantize,
+                                       const struct qvdit_unpack_args* unpack, const struct qvdit_gemm_args* gemm,
+                                       void* stream);
+
 QVDIT_API int32_t qvdit_attention(const struct qvdit_attention_args* args, void* stream);
 QVDIT_API int32_t qvdit_gated_residual(const struct qvdit_gated_residual_args* args, void* stream);
 

@@ -14,19 +14,22 @@ from qvdit.runtimes.cuda import STORED_ZERO, Tile
 
 EPS = float(np.finfo(np.float32).eps)
 MMA = [Tile.MMA_128X128, Tile.MMA_128X256]
-LOW_RANK = 4  # the highest that Hopper has tiles of 192 columns for
-COLUMNS = {Tile.MMA_128X256: 256, Tile.WGMMA_128X192: 192}  # of a tile; of the others 128
+LOW_RANK = 4  # the highest that Hopper has tiles of 192 and 96 columns for
+COLUMNS = {Tile.MMA_128X256: 256, Tile.WGMMA_128X192: 192, Tile.WGMMA_128X96: 96}  # of a tile; of the others 128
 # M, N, K: one of each, odd, a tile and one more, several tiles, K not a multiple of a slice
 SIZES = [(1, 1, 1), (7, 5, 33), (129, 127, 100), (128, 128, 128), (129, 264, 1000), (300, 520, 2080), (1, 1152, 1152)]
 
 
-def tiles(n: int, size: int, rank: int = 0, apart: bool = False) -> list[Tile]:
-    """Those that this device has for rows of n outputs of some size in bytes; apart: 8-bit weights have zero points."""
+def tiles(n: int, size: int, rank: int = 0, apart: bool = False, zero: bool = False) -> list[Tile]:
+    """Those that this device has for rows of n outputs of some size in bytes.
+
+    apart: 8-bit weights have zero points; zero: the rows of x have.
+    """
     found = [*MMA]
     if torch.cuda.get_device_capability()[0] == 9 and n * size % 16 == 0:
         found.append(Tile.WGMMA_128X128)
         if size == 2 and rank <= LOW_RANK and not apart:
-            found.append(Tile.WGMMA_128X192)
+            found += [Tile.WGMMA_128X192] if zero else [Tile.WGMMA_128X192, Tile.WGMMA_128X96]
     return found
 
 
@@ -68,7 +71,7 @@ def packed(layer: LowBitLayer) -> torch.Tensor:
 def run(
     layer: LowBitLayer, x: torch.Tensor, tokens_per_frame: int = 1, tile: int = 0, out_dtype: torch.dtype | None = None
 ):
-    """The layer by the two operators."""
+    """The layer by its two parts."""
     rows = torch.ops.qvdit.quantize_rows(
         x,
         layer.act_bits,
@@ -90,6 +93,25 @@ def run(
         on_gpu(layer.bias),
         out_dtype or x.dtype,
         int(tile),
+    )
+
+
+def run_whole(layer: LowBitLayer, x: torch.Tensor, tokens_per_frame: int = 1) -> torch.Tensor:
+    """The layer as one operator."""
+    return torch.ops.qvdit.quantized_linear(
+        x,
+        layer.act_bits,
+        layer.act_symmetric,
+        packed(layer),
+        layer.weight_bits,
+        on_gpu(layer.weight_scale),
+        on_gpu(layer.weight_zero),
+        on_gpu(layer.bias),
+        None if layer.alpha is None else on_gpu(layer.alpha.T),
+        on_gpu(layer.beta),
+        on_gpu(layer.frame_gain),
+        tokens_per_frame,
+        on_gpu(layer.inv_smooth),
     )
 
 
@@ -191,7 +213,7 @@ def test_outputs_are_within_rounding(size, rank, dtype, bits, parts):
     gains = layer.frame_gain[np.arange(m) // (m // 3) % 3].astype(np.float64) if "gain" in parts else None
     _, reference, terms = expected(layer, x, gains)
     apart = bits == 8 and "zero" in parts
-    for tile in [Tile.AUTO, *(tiles(n, dtype.itemsize, rank, apart) if dtype != torch.float32 else MMA)]:
+    for tile in [Tile.AUTO, *(tiles(n, dtype.itemsize, rank, apart, bool(parts)) if dtype != torch.float32 else MMA)]:
         assert_close(run(layer, x, max(m // 3, 1), tile), reference, terms)
 
 
@@ -211,7 +233,7 @@ def test_integers_come_through_outputs_of_16_bits(m, n, k, symmetric):
     weight_q = rng.integers(-1, 2, (n, k)).astype(np.int8)
     layer = LowBitLayer("layer", 4, 8, symmetric, FrameRows.NONE, weight_q, np.ones(n, np.float32))
     expected_y = (x.astype(np.float64) @ weight_q.T.astype(np.float64)).astype(np.int64)
-    for tile in tiles(n, 2):
+    for tile in tiles(n, 2, zero=not symmetric):
         y = run(layer, torch.from_numpy(x).half().cuda(), tile=tile)
         np.testing.assert_array_equal(y.cpu().numpy().astype(np.int64), expected_y, err_msg=str(tile))
 
@@ -222,7 +244,7 @@ def test_integers_come_through_outputs_of_16_bits(m, n, k, symmetric):
 def test_nan_rows(dtype, symmetric, rank):
     layer = random_layer(264, 1000, 4, symmetric, ("zero", "bias"), rank)
     x = torch.randn(140, 1000, generator=torch.Generator().manual_seed(0)).to(dtype).cuda()
-    clean = {tile: run(layer, x, tile=tile) for tile in tiles(264, 2, rank)}
+    clean = {tile: run(layer, x, tile=tile) for tile in tiles(264, 2, rank, zero=not symmetric)}
     x[3, 5], x[139, 999] = torch.nan, torch.inf
     others = torch.ones(140, dtype=torch.bool)
     others[[3, 139]] = False
@@ -240,6 +262,18 @@ def test_the_layer_is_the_eager_module(dtype):
     y = LowBitLinear(layer)(x.float()).reshape(-1, 96)
     found = run(layer, x.cuda(), tokens_per_frame=4).cpu().float()
     assert (found - y).norm() / y.norm() < (1e-3 if dtype == torch.float16 else 6e-3)
+
+
+@pytest.mark.parametrize("bits", WEIGHT_BITS)
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("rank", [0, 1, 4])
+@pytest.mark.parametrize(("m", "n", "k"), [(0, 96, 64), (2, 5, 33), (24, 1152, 1152), (1024, 384, 5120)])
+def test_a_layer_is_its_parts(bits, symmetric, rank, m, n, k):
+    layer = random_layer(n, k, bits, symmetric, ("zero", "bias", "smooth", "gain"), rank)
+    x = torch.randn(2, m // 2, k, generator=torch.Generator().manual_seed(m)).bfloat16().cuda()
+    found = run_whole(layer, x, tokens_per_frame=4)
+    assert found.shape == (2, m // 2, n)
+    assert torch.equal(found.reshape(-1, n), run(layer, x, tokens_per_frame=4))
 
 
 def test_asymmetric_integers_are_stored_less_128():
@@ -287,7 +321,8 @@ def test_under_compile_and_in_a_cuda_graph():
 @pytest.mark.unguarded
 @pytest.mark.parametrize("m", [1, 512])
 @pytest.mark.parametrize("rank", [1, 4, 10])
-def test_kernels_that_start_early_wait(m, rank):
+@pytest.mark.parametrize("whole", [False, True])
+def test_kernels_that_start_early_wait(m, rank, whole):
     """What each reads was written just before, where it writes was read just before; as with pauses between them."""
     width = 1152
     layers = [random_layer(width, width, 4, False, ("zero", "bias"), rank, seed) for seed in range(2)]
@@ -308,6 +343,12 @@ def test_kernels_that_start_early_wait(m, rank):
         y = x
         for step in range(40):
             words, scale, *rest = stored[step % 2]
+            if whole and not pause:
+                words = words.clone() if step % 3 == 0 else words
+                zero, beta, bias = rest
+                factors = {"alpha": alphas[step % 2], "beta": beta}
+                y = torch.ops.qvdit.quantized_linear(y.tanh(), 8, False, words, 4, scale, zero, bias, **factors)
+                continue
             rows = torch.ops.qvdit.quantize_rows(y.tanh(), 8, False, alpha=alphas[step % 2])  # its input is free again
             if pause:
                 torch.cuda.synchronize()
@@ -333,6 +374,7 @@ def test_operators_keep_pytorchs_rules():
     words = torch.randint(0, 1 << 30, (8, 8), device="cuda", dtype=torch.int32)
     arguments = (*rows, words, 4, 64, torch.ones(8, device="cuda"), None, None, None, torch.float16)
     torch.library.opcheck(torch.ops.qvdit.low_bit_linear, arguments)
+    torch.library.opcheck(torch.ops.qvdit.quantized_linear, (x, 8, False, words, 4, torch.ones(8, device="cuda")))
 
 
 def test_refusals():
@@ -357,13 +399,20 @@ def test_refusals():
 
 
 @pytest.mark.parametrize(("bits", "symmetric", "rank"), [(4, True, 5), (8, False, 1)])
-def test_tiles_of_192_columns_refuse_what_they_cannot_express(bits, symmetric, rank):
+@pytest.mark.parametrize("tile", [Tile.WGMMA_128X192, Tile.WGMMA_128X96])
+def test_tiles_of_low_rank_refuse_what_they_cannot_express(bits, symmetric, rank, tile):
     layer = random_layer(128, 64, bits, symmetric, ("zero",) if bits == 8 else (), rank)
     x = torch.randn(4, 64, device="cuda").half()
     with pytest.raises(QvditError, match=r"rank 0 to 4 and no weight_zero|Hopper only|without the wgmma"):
-        run(layer, x, tile=Tile.WGMMA_128X192)
+        run(layer, x, tile=tile)
     with pytest.raises(QvditError, match=r"rank 0 to 4|Hopper only|without the wgmma"):
-        run(random_layer(128, 64, 4, True, (), 0), x, tile=Tile.WGMMA_128X192, out_dtype=torch.int32)
+        run(random_layer(128, 64, 4, True, (), 0), x, tile=tile, out_dtype=torch.int32)
+
+
+def test_tiles_of_96_columns_refuse_zero_points():
+    x = torch.randn(4, 64, device="cuda").half()
+    with pytest.raises(QvditError, match=r"without a zero point|Hopper only|without the wgmma"):
+        run(random_layer(96, 64, 4, False, (), 1), x, tile=Tile.WGMMA_128X96)
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2, 3, 4, 10])
@@ -403,7 +452,7 @@ def test_linears_below_each_other(m, segment, rank, symmetric):
             segment,
         )
 
-    for tile in [Tile.AUTO, *tiles(3 * segment, 2, rank)]:
+    for tile in [Tile.AUTO, *tiles(3 * segment, 2, rank, zero=not symmetric)]:
         if segment % COLUMNS.get(tile, 128):
             with pytest.raises(QvditError, match="segments of"):
                 linear(int(tile), 0, 1, 2)

@@ -93,10 +93,11 @@ def test_types_by_operator(case: Any, low: Any, kind: int) -> None:
         if {name for name in node.input if types[name] in floats} - constants <= branch and read:
             branch |= set(node.output)
             assert read == {FLOAT}
-        elif node.op_type in EXACT or (node.op_type == "Conv" and kind == BFLOAT):
+        elif node.op_type in EXACT:
             assert read == {FLOAT}
         elif node.op_type in ("MatMul", "Gemm", "Conv", "LowBitLinear"):
-            assert read | {types[name] for name in node.output} == {kind}
+            by_weights = node.op_type != "LowBitLinear" and constants & set(node.input)
+            assert read | {types[name] for name in node.output} == {FLOAT if by_weights else kind}
     assert {types[v.name] for v in (*typed.graph.input, *typed.graph.output)} == {FLOAT}
     assert [v.name for v in typed.graph.input] == [v.name for v in traced.graph.input]
 
@@ -105,7 +106,7 @@ def test_no_value_is_cast_twice(case: Any) -> None:
     traced, model, _ = case
     typed = precision.strongly_typed(traced, widths_of(model))
     casts = [(n.input[0], n.attribute[0].i) for n in typed.graph.node if n.op_type == "Cast"]
-    assert len(casts) == len(set(casts)) > 20
+    assert len(casts) == len(set(casts)) > 10
     used = {name for node in typed.graph.node for name in node.input}
     assert used >= {tensor.name for tensor in typed.graph.initializer}
 
@@ -131,7 +132,9 @@ def test_an_operator_may_be_low_after_all(case: Any) -> None:
         typed = precision.strongly_typed(traced, widths_of(model), also_low=also_low)
         types = types_of(typed)
         norms[also_low] = {types[n.output[0]] for n in typed.graph.node if n.op_type == "LayerNormalization"}
-    assert norms == {(): {FLOAT}, ("LayerNormalization",): {FLOAT, HALF}}
+    assert norms[()] == {FLOAT}
+    # CogVideoX alone normalizes queries and keys by one; the others read the residual stream, which is float32.
+    assert (HALF in norms["LayerNormalization",]) == type(model).__name__.startswith("CogVideoX")
 
 
 def test_attention_between_its_products_is_low(case: Any) -> None:
@@ -176,23 +179,32 @@ def model_of(nodes: list[onnx.NodeProto], constants: dict[str, np.ndarray]) -> o
     return onnx.helper.make_model(inside, opset_imports=[onnx.helper.make_opsetid("", 21)], ir_version=10)
 
 
+SQUARE = (
+    onnx.helper.make_node("Transpose", ["x"], ["t"], perm=[1, 0]),
+    onnx.helper.make_node("MatMul", ["x", "t"], ["p"]),  # of two computed values: of the low type
+)
+
+
 def test_output_of_the_low_type_is_cast_back() -> None:
-    make = onnx.helper.make_node
-    weight = np.eye(4, dtype=np.float32)
-    nodes = [make("MatMul", ["x", "w"], ["y"]), make("Add", ["y", "y"], ["unread"])]
-    typed = precision.strongly_typed(model_of(nodes, {"w": weight}), {})
-    assert [node.op_type for node in typed.graph.node] == ["Cast", "MatMul", "Add", "Cast"]
+    nodes = [*SQUARE, onnx.helper.make_node("Neg", ["p"], ["y"]), onnx.helper.make_node("Add", ["y", "y"], ["unread"])]
+    typed = precision.strongly_typed(model_of(nodes, {}), {})
+    assert [node.op_type for node in typed.graph.node][-4:] == ["MatMul", "Neg", "Add", "Cast"]
     assert typed.graph.node[-1].output[0] == "y"
     x = np.arange(8, dtype=np.float32).reshape(2, 4) / 8
-    np.testing.assert_array_equal(session(typed.SerializeToString(), 1).run(["y"], {"x": x})[0], x)
+    np.testing.assert_array_equal(session(typed.SerializeToString(), 1).run(["y"], {"x": x})[0], -x @ x.T)
+
+
+def test_products_by_weights_are_float32() -> None:
+    make = onnx.helper.make_node
+    nodes = [*SQUARE, make("Transpose", ["w"], ["v"]), make("MatMul", ["p", "v"], ["y"])]
+    types = types_of(precision.strongly_typed(model_of(nodes, {"w": np.eye(2, dtype=np.float32)}), {}))
+    assert (types["p"], types["v"], types["y"]) == (HALF, FLOAT, FLOAT)
 
 
 @pytest.mark.parametrize(("largest", "kind"), [(1.0, HALF), (1e6, FLOAT)])
 def test_constants_too_large_for_the_low_type(largest: float, kind: int) -> None:
-    make = onnx.helper.make_node
-    nodes = [make("MatMul", ["x", "w"], ["p"]), make("Mul", ["p", "c"], ["y"])]
-    constants = {"w": np.eye(4, dtype=np.float32), "c": np.array([largest, -np.inf, 0, 1], np.float32)}
-    typed = precision.strongly_typed(model_of(nodes, constants), {})
+    nodes = [*SQUARE, onnx.helper.make_node("Mul", ["p", "c"], ["y"])]
+    typed = precision.strongly_typed(model_of(nodes, {"c": np.array([largest, -np.inf], np.float32)}), {})
     mul = next(node for node in typed.graph.node if node.op_type == "Mul")
     assert types_of(typed)[mul.input[1]] == kind
 
@@ -200,13 +212,13 @@ def test_constants_too_large_for_the_low_type(largest: float, kind: int) -> None
 def test_integers_and_comparisons_are_left_alone() -> None:
     make = onnx.helper.make_node
     nodes = [
-        make("MatMul", ["x", "w"], ["p"]),
+        *SQUARE,
         make("Shape", ["p"], ["shape"]),
-        make("Reshape", ["x", "shape"], ["r"]),
+        make("Slice", ["x", "zeros", "shape"], ["r"]),
         make("Less", ["p", "r"], ["mask"]),
         make("Where", ["mask", "p", "zero"], ["y"]),
     ]
-    constants = {"w": np.eye(4, dtype=np.float32), "zero": np.zeros((), np.float32)}
+    constants = {"zero": np.zeros((), np.float32), "zeros": np.zeros(2, np.int64)}
     typed = precision.strongly_typed(model_of(nodes, constants), {})
     types = types_of(typed)
     by_type = {node.op_type: node for node in typed.graph.node if node.op_type != "Cast"}
@@ -214,7 +226,9 @@ def test_integers_and_comparisons_are_left_alone() -> None:
     assert {types[name] for name in by_type["Less"].input} == {FLOAT}  # the wider of the two
     assert types[by_type["Where"].input[2]] == HALF
     x = np.array([[1, -2, 3, -4], [0.5, 0, -1, 8]], np.float32)
-    np.testing.assert_array_equal(session(typed.SerializeToString(), 1).run(["y"], {"x": x})[0], np.zeros((2, 4)))
+    square = x @ x.T
+    expected = np.where(square < x[:, :2], square, 0)
+    np.testing.assert_array_equal(session(typed.SerializeToString(), 1).run(["y"], {"x": x})[0], expected)
 
 
 def test_largest_values(tmp_path: Path) -> None:

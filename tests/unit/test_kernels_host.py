@@ -44,13 +44,12 @@ def host(shared: Callable[..., Path]) -> ctypes.CDLL:
     return library
 
 
-def host_unpack(host: ctypes.CDLL, words: np.ndarray, bits: int, k: int) -> np.ndarray:
+def host_unpack(host: ctypes.CDLL, words: np.ndarray, bits: int, k: int, zero: np.ndarray | None = None) -> np.ndarray:
     weight = np.full((len(words), k), 0x5A, np.int8)
     size = ctypes.c_int64
-    status = host.qvdit_host_unpack(
-        words.ctypes.data_as(ctypes.c_void_p), bits, size(len(words)), size(k), weight.ctypes.data_as(ctypes.c_void_p)
-    )
-    assert status == cuda.Status.OK
+    pointers = (None if array is None else array.ctypes.data_as(ctypes.c_void_p) for array in (words, zero, weight))
+    words_at, zero_at, weight_at = pointers
+    assert host.qvdit_host_unpack(words_at, bits, zero_at, size(len(words)), size(k), weight_at) == cuda.Status.OK
     return weight
 
 
@@ -68,10 +67,19 @@ def test_kernels_and_python_read_any_words_alike(host, bits, n, blocks, seed):
     np.testing.assert_array_equal(host_unpack(host, words, bits, k), unpack(words, bits, k))
 
 
+@given(st.sampled_from([b for b in WEIGHT_BITS if b < 8]), st.integers(1, 9), st.integers(1, 100), st.data())
+def test_kernels_take_zero_points_away(host, bits, n, k, data):
+    half = 1 << (bits - 1)
+    draw = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1))).integers
+    weight, zero = draw(-half, half, (n, k)).astype(np.int8), draw(-half, half, n).astype(np.int8)
+    found = host_unpack(host, pack(weight, bits, zero), bits, k, zero)
+    np.testing.assert_array_equal(found, weight - zero[:, None])
+
+
 @pytest.mark.parametrize("bits", [0, 1, 5, 7, 16])
 def test_other_widths_are_refused(host, bits):
     nothing, size = ctypes.c_void_p(), ctypes.c_int64(1)
-    assert host.qvdit_host_unpack(nothing, bits, size, size, nothing) == cuda.Status.INVALID
+    assert host.qvdit_host_unpack(nothing, bits, nothing, size, size, nothing) == cuda.Status.INVALID
 
 
 def test_quotients_near_ties_are_rounded_as_a_division_is(host):

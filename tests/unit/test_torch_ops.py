@@ -35,6 +35,8 @@ def test_shapes(dtype, symmetric, rank, shape, k):
     beta = on_meta(rank, 5) if rank else None
     y = torch.ops.qvdit.low_bit_linear(*rows, words, 3, k, on_meta(5), None, beta, on_meta(5), dtype)
     assert (tuple(y.shape), y.dtype) == ((m, 5), dtype)
+    y = torch.ops.qvdit.quantized_linear(x, 8, symmetric, words, 3, on_meta(5), alpha=alpha, beta=beta)
+    assert (tuple(y.shape), y.dtype) == ((*shape, 5), dtype)
 
 
 def test_a_compiled_graph_keeps_the_operators_whole():

@@ -314,11 +314,9 @@ bool run(const LowBitAttributes& attributes, const Tensor* descriptions, const v
   const Memory memory = memory_of(attributes, rows, inputs, outputs, workspace);
 
   const qvdit_quantize_args quantize = quantize_args(attributes, memory, descriptions, rows, tokens);
-  if (!succeeded(qvdit_quantize_rows(&quantize, stream), refusal)) return false;
   const qvdit_unpack_args unpack = unpack_args(attributes, memory);
-  if (!succeeded(qvdit_unpack_weight(&unpack, stream), refusal)) return false;
   qvdit_gemm_args gemm = gemm_args(attributes, memory, rows);
-  if (!succeeded(qvdit_low_bit_gemm(&gemm, stream), refusal)) return false;
+  if (!succeeded(qvdit_low_bit_linear(&quantize, &unpack, &gemm, stream), refusal)) return false;
   if (!attributes.test_outputs) return true;
   gemm.y = memory.output[kAcc];
   gemm.y_dtype = QVDIT_S32;

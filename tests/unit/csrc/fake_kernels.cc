@@ -41,11 +41,11 @@ extern "C" {
 
 QVDIT_API const char* qvdit_last_error(void) { return "the kernel's own words"; }
 QVDIT_API int32_t qvdit_check_device(void) { return status_of_device; }
-QVDIT_API int32_t qvdit_unpack_weight(const qvdit_unpack_args* args, void* stream) {
-  return keep("unpack", args, stream);
-}
-QVDIT_API int32_t qvdit_quantize_rows(const qvdit_quantize_args* args, void* stream) {
-  return keep("quantize", args, stream);
+QVDIT_API int32_t qvdit_low_bit_linear(const qvdit_quantize_args* quantize, const qvdit_unpack_args* unpack,
+                                       const qvdit_gemm_args* gemm, void* stream) {
+  if (const int32_t status = keep("quantize", quantize, stream)) return status;
+  if (const int32_t status = keep("unpack", unpack, stream)) return status;
+  return keep("gemm", gemm, stream);
 }
 QVDIT_API int32_t qvdit_low_bit_gemm(const qvdit_gemm_args* args, void* stream) { return keep("gemm", args, stream); }
 QVDIT_API int32_t qvdit_attention(const qvdit_attention_args* args, void* stream) {

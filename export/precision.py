@@ -5,8 +5,10 @@ The rules, by operator:
 - LowBitLinear and products of two computed values read and write the low type (FP16, or BF16 where ONNX has it), and
   so does a softmax of what they wrote: the next product would round its output all the same. Not beside static INT8
   layers: TensorRT 8.6 then rounds more than that, to 1.2 times the error of PyTorch's FP16 run on a Latte of XL size;
-- other products by weights, the patch embedding's and the last projection's, are float32: they have few operations, and
-  TensorRT 8.6 adds FP16's up in FP16, which made a patch embedding's error 6e-4 to 1.2e-3 where rounding makes 2e-4;
+- other products by weights, the patch embedding's and the last projection's, are computed in float32 and give the low
+  type: they have few operations, and TensorRT 8.6 adds FP16's up in FP16, which made a patch embedding's error 6e-4 to
+  1.2e-3 where rounding makes 2e-4. What they give is not float32, because then TensorRT 8.6 normalizes CogVideoX's text
+  tokens wrongly (small random models were off by 2.5e-3);
 - data movement and plain arithmetic take the widest type they are given, constants aside, as PyTorch promotes;
 - everything else (normalisation and its reductions, activations, sines) is float32;
 - what comes of the time step alone is float32, products included: it has few rows, and steers every token;
@@ -144,13 +146,24 @@ class _Typer:
         sources = frozenset().union(*(self.sources[name] for name in values))
         kind = self.choose(node, floats, values, sources)
         exact = node.domain == DOMAIN and placeholder_name(node) in self.static
+        by_weights = self.is_by_weights(node, floats)
         for index, name in enumerate(node.input):
             if name in floats:
-                node.input[index] = self.read(name, FLOAT if exact else kind)
-        for name in node.output:
-            if self.is_float(name):
-                self.decided[name], self.sources[name] = kind, sources
+                node.input[index] = self.read(name, FLOAT if exact or by_weights else kind)
+        written = [name for name in node.output if self.is_float(name)]
+        for name in written:
+            self.decided[name], self.sources[name] = kind, sources
         self.nodes.append(node)
+        if by_weights and kind != FLOAT:
+            (name,) = written
+            node.output[0] = f"{name}:exact"
+            self.shapes[node.output[0]], self.decided[node.output[0]] = self.shapes[name], FLOAT
+            self.cast(node.output[0], name, kind)
+
+    def is_by_weights(self, node: onnx.NodeProto, floats: list[str]) -> bool:
+        """Whether a node is a product of a value and constants that is no layer's."""
+        product = node.op_type in _PRODUCTS and node.domain != DOMAIN
+        return product and any(not self.sources.get(name) for name in floats)
 
     def choose(self, node: onnx.NodeProto, floats: list[str], values: list[str], sources: frozenset[str]) -> int:
         touched = [*floats, *(name for name in node.output if self.is_float(name))]
@@ -159,8 +172,7 @@ class _Typer:
         if node.domain != DOMAIN and not _takes(node.op_type, self.low):
             return FLOAT
         if node.op_type in _PRODUCTS:
-            by_weights = node.domain != DOMAIN and any(not self.sources.get(name) for name in floats)
-            return FLOAT if by_weights or (sources and sources <= self.exact_inputs) else self.low
+            return FLOAT if sources and sources <= self.exact_inputs else self.low
         follows = node.op_type in self.follows or len(touched) == len(floats)  # or it gives no floats
         if follows and values and all(self.decided[name] == self.low for name in values):
             return self.low

@@ -112,7 +112,7 @@ def test_no_value_is_cast_twice(case: Any) -> None:
 
 
 def test_error_of_mixed_types(case: Any) -> None:
-    """In full precision otherwise: far below what any quantization costs (the shipped models: 2.5e-4 and 2.9e-4)."""
+    """In full precision otherwise: far below what any quantization costs."""
     traced, model, inputs = case
     typed = precision.strongly_typed(traced, widths_of(model))
     filled = drop_domain(plugin.plugin_model(typed, (), weights_of(model)))

@@ -162,9 +162,9 @@ class _Typer:
             self.cast(node.output[0], name, kind)
 
     def is_by_weights(self, node: onnx.NodeProto, floats: list[str]) -> bool:
-        """Whether a node is a product of a value and constants that is no layer's."""
+        """Whether a node is a product of a value and constants that is no layer's; what is added to it aside."""
         product = node.op_type in _PRODUCTS and node.domain != DOMAIN
-        return product and any(not self.sources.get(name) for name in floats)
+        return product and any(not self.sources.get(name) for name in floats if name in node.input[:2])
 
     def choose(self, node: onnx.NodeProto, floats: list[str], values: list[str], sources: frozenset[str]) -> int:
         touched = [*floats, *(name for name in node.output if self.is_float(name))]
@@ -200,7 +200,8 @@ class _Typer:
         return self.copies[name, kind]
 
     def cast(self, source: str, target: str, kind: int) -> None:
-        self.nodes.append(onnx.helper.make_node("Cast", [source], [target], target, to=kind))
+        name = f"{source} as {onnx.TensorProto.DataType.Name(kind).lower()}"
+        self.nodes.append(onnx.helper.make_node("Cast", [source], [target], name, to=kind))
         self.shapes[target], self.decided[target] = self.shapes[source], kind
 
     def restore_output(self, name: str) -> None:

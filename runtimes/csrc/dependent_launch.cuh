@@ -5,13 +5,14 @@
 //   quantize_rows   is launched as any kernel, so that all before it has ended; lets the next start at once
 //   unpack_weight   is launched early, brings its words to L2, waits; lets the next start at once. Right after its
 //                   layer's quantize_rows its last block waits, and that when it is done
-//   gemm_wgmma      is launched early, sets up its barriers, waits; lets the next start when it has read its last tiles
+//   gemm_wgmma      is launched early, sets up its barriers, waits; lets the next start when its blocks load their last
+//                   tiles, which may be their first
 //
-// What is read and written is as if none did: whoever is launched early waits, in every block and before it reads or
+// What is read and written is as if none did. Whoever is launched early waits, in every block and before it reads or
 // writes device memory, until the kernel before it has ended and what it wrote is there. That one waited too, and
 // quantize_rows comes first: so all kernels before have ended. It must not read by __ldg, which may be moved ahead of
-// the waiting. Unpacking beside the quantizer shares nothing with it, and all that ran before the quantizer has ended;
-// it waits so that whoever waits for it has waited for both.
+// the waiting. The exception is unpacking beside the quantizer: it shares nothing with that, and all that ran before
+// the quantizer has ended. It waits so that whoever waits for it has waited for both.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -58,12 +58,13 @@ bool suits_low_rank(const qvdit_gemm_args& args) {
   return args.rank <= kLowRank && !args.weight_zero && args.y_dtype != QVDIT_S32;
 }
 
-// How many tiles of 128 rows each multiprocessor computes at most.
+// How many tiles of 128 rows each multiprocessor computes at most. Two of them are a cluster: CUTLASS takes an even
+// number of rows of tiles.
 int64_t waves(const qvdit_gemm_args& args, int columns) {
   int device = 0, multiprocessors = 1;
   if (cudaGetDevice(&device) != cudaSuccess) return 0;
   cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  const int64_t tiles = (args.m + 127) / 128 * ((args.n + columns - 1) / columns);
+  const int64_t tiles = (args.m + 255) / 256 * 2 * ((args.n + columns - 1) / columns);
   return (tiles + multiprocessors - 1) / multiprocessors;
 }
 

@@ -122,14 +122,9 @@ struct WgmmaGemm {
   using Column = cutlass::layout::ColumnMajor;  // of the weights: [N, K] in memory is K x N by columns
   static constexpr int kOutAlignment = 16 / sizeof(Out);
 
-  static constexpr int kThreads = 128, kSourceStages = 1, kStoreStages = 2;
-  static constexpr bool kReuseSource = false, kDelayStore = true;
-  using EpiloguePolicy = cutlass::epilogue::Sm90TmaWarpSpecialized<kSourceStages, kStoreStages, 64 * kSubtileN / kThreads,
-                                                                   kReuseSource, kDelayStore>;
-  // Not by CUTLASS's CollectiveBuilder, whose policy depends on the types alone.
-  using Epilogue = typename cutlass::epilogue::collective::detail::Sm90TmaBuilderImpl<
-      Tile, Subtile, int32_t, float, void, Row, kOutAlignment, Out, Row, kOutAlignment, Visitor,
-      EpiloguePolicy>::CollectiveOp;
+  using Epilogue = typename cutlass::epilogue::collective::CollectiveBuilder<
+      cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster, Subtile, int32_t, float, void, Row,
+      kOutAlignment, Out, Row, kOutAlignment, cutlass::epilogue::TmaWarpSpecialized, Visitor>::CollectiveOp;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, int8_t, Row, 16, int8_t, Column, 16, int32_t, Tile, Cluster,
       cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,

@@ -190,8 +190,9 @@ QVDIT_API int32_t qvdit_quantize_rows(const struct qvdit_quantize_args* args, vo
 QVDIT_API int32_t qvdit_unpack_weight(const struct qvdit_unpack_args* args, void* stream);
 QVDIT_API int32_t qvdit_low_bit_gemm(const struct qvdit_gemm_args* args, void* stream);
 
-// These three for one layer, which must read what the others write: on Hopper and later its weights are unpacked beside
-// the quantizer rather than after it.
+// These three for one layer: each takes the pointers and sizes that the one before has. On Hopper and later weights are
+// unpacked beside the quantizer rather than after it, so weight and weight_sum must be apart from all that the quantizer
+// reads or writes. Where M is 0 nothing is done; where one of the three is refused, those before it have been started.
 QVDIT_API int32_t qvdit_low_bit_linear(const struct qvdit_quantize_args* quantize,
                                        const struct qvdit_unpack_args* unpack, const struct qvdit_gemm_args* gemm,
                                        void* stream);

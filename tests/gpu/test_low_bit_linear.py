@@ -148,7 +148,7 @@ def assert_close(y: torch.Tensor, reference: np.ndarray, terms: np.ndarray) -> N
 
 
 @pytest.mark.parametrize("bits", WEIGHT_BITS)
-@pytest.mark.parametrize(("n", "k"), [(1, 1), (5, 33), (130, 1000), (1152, 1152)])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (5, 33), (130, 1000), (1152, 1152), (5, 5120), (3, 12288), (3, 16384)])
 @pytest.mark.parametrize("zero", [False, True])
 def test_unpacking(bits, n, k, zero):
     layer = random_layer(n, k, bits, True, ("zero",) if zero else (), 0)

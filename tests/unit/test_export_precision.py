@@ -203,6 +203,24 @@ def test_products_by_weights_are_computed_in_float32() -> None:
     np.testing.assert_array_equal(session(typed.SerializeToString(), 1).run(["y"], {"x": x})[0], -x @ x.T)
 
 
+def test_products_by_weights_may_be_the_output() -> None:
+    nodes = [onnx.helper.make_node("Gemm", ["x", "w", "b"], ["y"])]
+    constants = {"w": np.eye(4, dtype=np.float32), "b": np.ones(4, np.float32)}
+    typed = precision.strongly_typed(model_of(nodes, constants), {})
+    names = [node.name for node in typed.graph.node if node.name]
+    assert len(names) == len(set(names))
+    x = np.arange(8, dtype=np.float32).reshape(2, 4) / 8
+    np.testing.assert_array_equal(session(typed.SerializeToString(), 1).run(["y"], {"x": x})[0], x + 1)
+
+
+def test_what_is_added_to_a_product_makes_no_weights() -> None:
+    nodes = [onnx.helper.make_node("Gemm", ["x", "x", "b"], ["p"], transB=1)]
+    nodes.append(onnx.helper.make_node("Neg", ["p"], ["y"]))
+    types = types_of(precision.strongly_typed(model_of(nodes, {"b": np.ones(2, np.float32)}), {}))
+    assert types["p"] == HALF
+    assert "p:exact" not in types
+
+
 @pytest.mark.parametrize(("largest", "kind"), [(1.0, HALF), (1e6, FLOAT)])
 def test_constants_too_large_for_the_low_type(largest: float, kind: int) -> None:
     nodes = [*SQUARE, onnx.helper.make_node("Mul", ["p", "c"], ["y"])]

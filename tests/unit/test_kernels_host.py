@@ -127,7 +127,13 @@ def test_python_repeats_the_argument_structs(host):
 
 def test_python_repeats_the_enums():
     header = (CSRC / "qvdit_kernels.h").read_text()
-    for prefix, enum in (("QVDIT_TILE_", cuda.Tile), ("QVDIT_", cuda.Dtype), ("QVDIT_", Prologue)):
+    enums = (
+        ("QVDIT_TILE_", cuda.Tile),
+        ("QVDIT_QUANTIZER_", cuda.Quantizer),
+        ("QVDIT_", cuda.Dtype),
+        ("QVDIT_", Prologue),
+    )
+    for prefix, enum in enums:
         for member in enum:
             assert f"{prefix}{member.name} = {member.value}" in header
     assert f"#define QVDIT_ABI {cuda.ABI}" in header

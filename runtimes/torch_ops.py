@@ -77,8 +77,8 @@ def quantize_rows(
         (modulation_scale, modulation_shift),
         epsilon,
         rotation,
+        quantizer=quantizer,
     )
-    arguments.quantizer = quantizer
     launch("quantize_rows", x, arguments)
     return outputs
 
@@ -186,21 +186,8 @@ def quantized_linear(
     rows = _quantized(x, symmetric, alpha, apart is not None)
     weight, weight_sum = _unpacked(words, x.shape[-1], not symmetric)
     y = _new(x, (*x.shape[:-1], words.shape[0]), x.dtype)
-    modulation = (None, None)
-    quantize = quantize_arguments(
-        rows,
-        x,
-        act_bits,
-        symmetric,
-        inv_smooth,
-        alpha,
-        frame_gain,
-        tokens_per_frame,
-        "plain",
-        modulation,
-        0.0,
-        rotation,
-    )
+    factors = (inv_smooth, alpha, frame_gain, tokens_per_frame)
+    quantize = quantize_arguments(rows, x, act_bits, symmetric, *factors, rotation=rotation)
     unpack = unpack_arguments(words, weight_bits, x.shape[-1], weight_zero, weight, weight_sum)
     flat = y.view(-1, words.shape[0])
     product = gemm_arguments(rows, weight, weight_sum, weight_scale, apart, beta, bias, flat, segment=segment)
@@ -210,21 +197,7 @@ def quantized_linear(
 
 @quantized_linear.register_fake
 def _(
-    x: torch.Tensor,
-    act_bits: int,
-    symmetric: bool,
-    words: torch.Tensor,
-    weight_bits: int,
-    weight_scale: torch.Tensor,
-    weight_zero: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-    alpha: torch.Tensor | None = None,
-    beta: torch.Tensor | None = None,
-    frame_gain: torch.Tensor | None = None,
-    tokens_per_frame: int = 1,
-    inv_smooth: torch.Tensor | None = None,
-    rotation: int = 0,
-    segment: int = 0,
+    x: torch.Tensor, act_bits: int, symmetric: bool, words: torch.Tensor, *others: object, **named: object
 ) -> torch.Tensor:
     return _new(x, (*x.shape[:-1], words.shape[0]), x.dtype)
 
@@ -270,15 +243,16 @@ def quantize_arguments(
     x: torch.Tensor,
     act_bits: int,
     symmetric: bool,
-    inv_smooth: torch.Tensor | None,
-    alpha: torch.Tensor | None,
-    frame_gain: torch.Tensor | None,
-    tokens_per_frame: int,
-    prologue: str,
-    modulation: tuple[torch.Tensor | None, torch.Tensor | None],
-    epsilon: float,
+    inv_smooth: torch.Tensor | None = None,
+    alpha: torch.Tensor | None = None,
+    frame_gain: torch.Tensor | None = None,
+    tokens_per_frame: int = 1,
+    prologue: str = "plain",
+    modulation: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+    epsilon: float = 1e-6,
     rotation: int = 0,
     transformed: torch.Tensor | None = None,
+    quantizer: int = 0,
 ) -> cuda.QuantizeArgs:
     """As for :func:`quantize_rows`, into its results; x dense. ``transformed``, float32 [M, K], receives x̃."""
     _check_devices(x, inv_smooth, alpha, frame_gain, *modulation)
@@ -321,6 +295,7 @@ def quantize_arguments(
         u=_pointer(u, torch.float32),
         row_sum=_pointer(row_sum, torch.int32),
         transformed=_pointer(transformed, torch.float32, (m, k)),
+        quantizer=quantizer,
     )
 
 

@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(32 * kWarps) unpack_weight_kernel(const __grid
   const int warp = threadIdx.y, row_warps = 1 << params.log2_row_warps, step = 32 * row_warps;
   const int64_t row = (static_cast<int64_t>(blockIdx.x) * kWarps + warp) >> params.log2_row_warps;
   const int lane = (warp & (row_warps - 1)) * 32 + threadIdx.x;  // of the row's
-  const int k = static_cast<int>(args.k), blocks = (k + qvdit::kRowPad - 1) / qvdit::kRowPad;
+  const int k = static_cast<int>(args.k), blocks = static_cast<int>(qvdit::padded(k) / qvdit::kRowPad);
   const uint32_t* const words = args.words + row * blocks * kBits;
   qvdit::let_next_kernel_start();
   if (!params.beside_quantizer) {

@@ -51,13 +51,6 @@ bool in_one_segment(const qvdit_gemm_args& args, int columns) {
 }
 
 #if defined(QVDIT_WITH_WGMMA)
-constexpr int kLowRank = 4;  // to 1 and to this Hopper has kernels of their own
-
-// What they express; those of 192 columns zero too.
-bool suits_low_rank(const qvdit_gemm_args& args) {
-  return args.rank <= kLowRank && !args.weight_zero && args.y_dtype != QVDIT_S32;
-}
-
 // How many tiles of 128 rows each multiprocessor computes at most. Two of them are a cluster: CUTLASS takes an even
 // number of rows of tiles.
 int64_t waves(const qvdit_gemm_args& args, int columns) {
@@ -90,12 +83,11 @@ constexpr WgmmaTileTime kTileTimes[] = {
 
 int fastest_wgmma(const qvdit_gemm_args& args) {
   int best = QVDIT_TILE_WGMMA_128X128;
-  if (!suits_low_rank(args)) return best;
+  if (args.y_dtype == QVDIT_S32) return best;
   int64_t least = INT64_MAX;
   for (const WgmmaTileTime& each : kTileTimes) {
-    const bool suits = in_one_segment(args, each.columns) && !(args.zero && each.tile == QVDIT_TILE_WGMMA_128X96);
     const int64_t time = waves(args, each.columns) * each.time;
-    if (suits && time < least) best = each.tile, least = time;
+    if (in_one_segment(args, each.columns) && time < least) best = each.tile, least = time;
   }
   return best;
 }
@@ -121,58 +113,25 @@ int32_t run_mma(const qvdit_gemm_args& args, bool wide, cudaStream_t stream) {
   }
 }
 
-#if defined(QVDIT_WITH_WGMMA)
-int32_t run_wgmma_128(const qvdit_gemm_args& args, cudaStream_t stream) {
-  const bool low_rank = suits_low_rank(args) && !args.zero;
-  if (args.y_dtype == QVDIT_S32) return qvdit::gemm_wgmma_any_s32(args, stream);
-  if (args.y_dtype == QVDIT_F16) {
-    if (!low_rank) return qvdit::gemm_wgmma_any_f16(args, stream);
-    return args.rank <= 1 ? qvdit::gemm_wgmma_rank1_128_f16(args, stream)
-                          : qvdit::gemm_wgmma_rank4_128_f16(args, stream);
-  }
-  if (!low_rank) return qvdit::gemm_wgmma_any_bf16(args, stream);
-  return args.rank <= 1 ? qvdit::gemm_wgmma_rank1_128_bf16(args, stream)
-                        : qvdit::gemm_wgmma_rank4_128_bf16(args, stream);
-}
-
-int32_t run_wgmma_192(const qvdit_gemm_args& args, cudaStream_t stream) {
-  const bool rank1 = args.rank <= 1;
-  if (args.y_dtype == QVDIT_F16) {
-    if (args.zero) {
-      return rank1 ? qvdit::gemm_wgmma_rank1_zero_192_f16(args, stream)
-                   : qvdit::gemm_wgmma_rank4_zero_192_f16(args, stream);
-    }
-    return rank1 ? qvdit::gemm_wgmma_rank1_192_f16(args, stream) : qvdit::gemm_wgmma_rank4_192_f16(args, stream);
-  }
-  if (args.zero) {
-    return rank1 ? qvdit::gemm_wgmma_rank1_zero_192_bf16(args, stream)
-                 : qvdit::gemm_wgmma_rank4_zero_192_bf16(args, stream);
-  }
-  return rank1 ? qvdit::gemm_wgmma_rank1_192_bf16(args, stream) : qvdit::gemm_wgmma_rank4_192_bf16(args, stream);
-}
-
-int32_t run_wgmma_96(const qvdit_gemm_args& args, cudaStream_t stream) {
-  QVDIT_REQUIRE(!args.zero, "tiles of 96 columns are for rows without a zero point");
-  const bool rank1 = args.rank <= 1;
-  if (args.y_dtype == QVDIT_F16) {
-    return rank1 ? qvdit::gemm_wgmma_rank1_96_f16(args, stream) : qvdit::gemm_wgmma_rank4_96_f16(args, stream);
-  }
-  return rank1 ? qvdit::gemm_wgmma_rank1_96_bf16(args, stream) : qvdit::gemm_wgmma_rank4_96_bf16(args, stream);
-}
-#endif
-
 int32_t run_wgmma(const qvdit_gemm_args& args, int columns, cudaStream_t stream) {
 #if defined(QVDIT_WITH_WGMMA)
   if (!is_hopper()) return qvdit::fail(QVDIT_NO_KERNEL, "wgmma tiles run on Hopper only");
   QVDIT_REQUIRE(suits_wgmma(args),
                 "wgmma tiles write 16-bit or int32 rows of a multiple of 16 bytes, not %lld of type %d",
                 static_cast<long long>(args.n), args.y_dtype);
-  if (columns == 128) return run_wgmma_128(args, stream);
-  QVDIT_REQUIRE(
-      suits_low_rank(args),
-      "tiles of %d columns are for 16-bit outputs, rank 0 to %d and no weight_zero, not rank %lld and type %d", columns,
-      kLowRank, static_cast<long long>(args.rank), args.y_dtype);
-  return columns == 192 ? run_wgmma_192(args, stream) : run_wgmma_96(args, stream);
+  const bool f16 = args.y_dtype == QVDIT_F16;
+  if (args.y_dtype == QVDIT_S32) {
+    QVDIT_REQUIRE(columns == 128, "tiles of %d columns are for 16-bit outputs, not for int32", columns);
+    return qvdit::gemm_wgmma_128_s32(args, stream);
+  }
+  switch (columns) {
+    case 96:
+      return f16 ? qvdit::gemm_wgmma_96_f16(args, stream) : qvdit::gemm_wgmma_96_bf16(args, stream);
+    case 192:
+      return f16 ? qvdit::gemm_wgmma_192_f16(args, stream) : qvdit::gemm_wgmma_192_bf16(args, stream);
+    default:
+      return f16 ? qvdit::gemm_wgmma_128_f16(args, stream) : qvdit::gemm_wgmma_128_bf16(args, stream);
+  }
 #else
   (void)args, (void)columns, (void)stream;
   return qvdit::fail(QVDIT_NO_KERNEL, "this library was built without the wgmma kernels (no CUTLASS, or not for 90a)");

@@ -47,8 +47,8 @@ enum qvdit_tile {
   QVDIT_TILE_MMA_128X128 = 1,    // mma.sync, every device
   QVDIT_TILE_MMA_128X256 = 2,    // mma.sync, every device
   QVDIT_TILE_WGMMA_128X128 = 3,  // Hopper
-  QVDIT_TILE_WGMMA_128X192 = 4,  // Hopper: rank 0 to 4, no weight_zero, y of 16 bits
-  QVDIT_TILE_WGMMA_128X96 = 5,   // Hopper: as 128x192, and no zero
+  QVDIT_TILE_WGMMA_128X192 = 4,  // Hopper, y of 16 bits
+  QVDIT_TILE_WGMMA_128X96 = 5,   // Hopper, y of 16 bits
 };
 
 // Steps 1 and 2 of LowBitLinear, and the input side of its low-rank term.

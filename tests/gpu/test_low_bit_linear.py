@@ -14,22 +14,17 @@ from qvdit.runtimes.cuda import STORED_ZERO, Tile
 
 EPS = float(np.finfo(np.float32).eps)
 MMA = [Tile.MMA_128X128, Tile.MMA_128X256]
-LOW_RANK = 4  # the highest that Hopper has tiles of 192 and 96 columns for
+NARROW = [Tile.WGMMA_128X192, Tile.WGMMA_128X96]  # of 16-bit outputs only
 COLUMNS = {Tile.MMA_128X256: 256, Tile.WGMMA_128X192: 192, Tile.WGMMA_128X96: 96}  # of a tile; of the others 128
 # M, N, K: one of each, odd, a tile and one more, several tiles, K not a multiple of a slice
 SIZES = [(1, 1, 1), (7, 5, 33), (129, 127, 100), (128, 128, 128), (129, 264, 1000), (300, 520, 2080), (1, 1152, 1152)]
 
 
-def tiles(n: int, size: int, rank: int = 0, apart: bool = False, zero: bool = False) -> list[Tile]:
-    """Those that this device has for rows of n outputs of some size in bytes.
-
-    apart: 8-bit weights have zero points; zero: the rows of x have.
-    """
+def tiles(n: int, size: int) -> list[Tile]:
+    """Those that this device has for rows of n outputs of some size in bytes."""
     found = [*MMA]
     if torch.cuda.get_device_capability()[0] == 9 and n * size % 16 == 0:
-        found.append(Tile.WGMMA_128X128)
-        if size == 2 and rank <= LOW_RANK and not apart:
-            found += [Tile.WGMMA_128X192] if zero else [Tile.WGMMA_128X192, Tile.WGMMA_128X96]
+        found += [Tile.WGMMA_128X128, *(NARROW if size == 2 else [])]
     return found
 
 
@@ -212,8 +207,7 @@ def test_outputs_are_within_rounding(size, rank, dtype, bits, parts):
         layer.beta[:] *= layer_scale / k
     gains = layer.frame_gain[np.arange(m) // (m // 3) % 3].astype(np.float64) if "gain" in parts else None
     _, reference, terms = expected(layer, x, gains)
-    apart = bits == 8 and "zero" in parts
-    for tile in [Tile.AUTO, *(tiles(n, dtype.itemsize, rank, apart, bool(parts)) if dtype != torch.float32 else MMA)]:
+    for tile in [Tile.AUTO, *(tiles(n, dtype.itemsize) if dtype != torch.float32 else MMA)]:
         assert_close(run(layer, x, max(m // 3, 1), tile), reference, terms)
 
 
@@ -233,7 +227,7 @@ def test_integers_come_through_outputs_of_16_bits(m, n, k, symmetric):
     weight_q = rng.integers(-1, 2, (n, k)).astype(np.int8)
     layer = LowBitLayer("layer", 4, 8, symmetric, FrameRows.NONE, weight_q, np.ones(n, np.float32))
     expected_y = (x.astype(np.float64) @ weight_q.T.astype(np.float64)).astype(np.int64)
-    for tile in tiles(n, 2, zero=not symmetric):
+    for tile in tiles(n, 2):
         y = run(layer, torch.from_numpy(x).half().cuda(), tile=tile)
         np.testing.assert_array_equal(y.cpu().numpy().astype(np.int64), expected_y, err_msg=str(tile))
 
@@ -244,7 +238,7 @@ def test_integers_come_through_outputs_of_16_bits(m, n, k, symmetric):
 def test_nan_rows(dtype, symmetric, rank):
     layer = random_layer(264, 1000, 4, symmetric, ("zero", "bias"), rank)
     x = torch.randn(140, 1000, generator=torch.Generator().manual_seed(0)).to(dtype).cuda()
-    clean = {tile: run(layer, x, tile=tile) for tile in tiles(264, 2, rank, zero=not symmetric)}
+    clean = {tile: run(layer, x, tile=tile) for tile in tiles(264, 2)}
     x[3, 5], x[139, 999] = torch.nan, torch.inf
     others = torch.ones(140, dtype=torch.bool)
     others[[3, 139]] = False
@@ -288,7 +282,7 @@ def test_more_than_two_billion_outputs(rank):
     m, n, k = 120_000, 18_432, 64
     layer = random_layer(n, k, 4, True, ("bias",), rank)
     x = torch.empty(m, k, dtype=torch.bfloat16, device="cuda").normal_()
-    for tile in tiles(n, 2, rank):
+    for tile in tiles(n, 2):
         y = run(layer, x, tile=tile)
         for part in (slice(0, 2), slice(116_507, 116_511), slice(m - 2, m)):  # about and past 2^31
             _, reference, terms = expected(layer, x[part])
@@ -398,21 +392,11 @@ def test_refusals():
         linear(packed(layer), 8, 64, scale, None, tile=Tile.WGMMA_128X128)
 
 
-@pytest.mark.parametrize(("bits", "symmetric", "rank"), [(4, True, 5), (8, False, 1)])
-@pytest.mark.parametrize("tile", [Tile.WGMMA_128X192, Tile.WGMMA_128X96])
-def test_tiles_of_low_rank_refuse_what_they_cannot_express(bits, symmetric, rank, tile):
-    layer = random_layer(128, 64, bits, symmetric, ("zero",) if bits == 8 else (), rank)
+@pytest.mark.parametrize("tile", NARROW)
+def test_tiles_of_16_bits_refuse_int32(tile):
     x = torch.randn(4, 64, device="cuda").half()
-    with pytest.raises(QvditError, match=r"rank 0 to 4 and no weight_zero|Hopper only|without the wgmma"):
-        run(layer, x, tile=tile)
-    with pytest.raises(QvditError, match=r"rank 0 to 4|Hopper only|without the wgmma"):
+    with pytest.raises(QvditError, match=r"for 16-bit outputs|Hopper only|without the wgmma"):
         run(random_layer(128, 64, 4, True, (), 0), x, tile=tile, out_dtype=torch.int32)
-
-
-def test_tiles_of_96_columns_refuse_zero_points():
-    x = torch.randn(4, 64, device="cuda").half()
-    with pytest.raises(QvditError, match=r"without a zero point|Hopper only|without the wgmma"):
-        run(random_layer(96, 64, 4, False, (), 1), x, tile=Tile.WGMMA_128X96)
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2, 3, 4, 10])
@@ -452,7 +436,7 @@ def test_linears_below_each_other(m, segment, rank, symmetric):
             segment,
         )
 
-    for tile in [Tile.AUTO, *tiles(3 * segment, 2, rank, zero=not symmetric)]:
+    for tile in [Tile.AUTO, *tiles(3 * segment, 2)]:
         if segment % COLUMNS.get(tile, 128):
             with pytest.raises(QvditError, match="segments of"):
                 linear(int(tile), 0, 1, 2)

@@ -1,0 +1,9 @@
+#include "gemm_wgmma.cuh"
+
+namespace qvdit {
+
+int32_t gemm_wgmma_128_f16(const qvdit_gemm_args& args, cudaStream_t stream) {
+  return WgmmaGemm<cutlass::half_t, 128>::run(args, stream);
+}
+
+}  // namespace qvdit

@@ -1,0 +1,9 @@
+#include "gemm_wgmma.cuh"
+
+namespace qvdit {
+
+int32_t gemm_wgmma_192_bf16(const qvdit_gemm_args& args, cudaStream_t stream) {
+  return WgmmaGemm<cutlass::bfloat16_t, 192>::run(args, stream);
+}
+
+}  // namespace qvdit

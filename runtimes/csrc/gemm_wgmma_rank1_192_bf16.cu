@@ -1,9 +1,0 @@
-#include "gemm_wgmma_low_rank.cuh"
-
-namespace qvdit {
-
-int32_t gemm_wgmma_rank1_192_bf16(const qvdit_gemm_args& args, cudaStream_t stream) {
-  return launch_wgmma_low_rank<cutlass::bfloat16_t, 192, 1, false>(args, stream);
-}
-
-}  // namespace qvdit

@@ -26,13 +26,14 @@
 
 namespace qvdit {
 
-template <typename Out, int kBlockN>
+// kRanks: as of WgmmaEpilogue.
+template <typename Out, int kBlockN, int kRanks>
 struct WgmmaGemm {
   static constexpr int kBlockM = 128, kThreads = 128;  // threads of a warpgroup
   using Tile = cute::Shape<cute::Int<kBlockM>, cute::Int<kBlockN>, cute::_128>;
-  // What a warpgroup converts and hands to TMA at once; CUTLASS's own choice is 64 x 32. A subtile costs its threads two
-  // meetings and a wait for the one before.
-  using Subtile = cute::Shape<cute::_64, cute::Int<kBlockN % 96 == 0 ? 96 : 64>>;
+  // What a warpgroup converts and hands to TMA at once: a block of the epilogue's. CUTLASS's own choice, 64 x 32, costs
+  // its threads three times as many meetings and waits for the one before.
+  using Subtile = cute::Shape<cute::_64, cute::Int<kBlockN>>;
   using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
   using Row = cutlass::layout::RowMajor;
   using Column = cutlass::layout::ColumnMajor;  // of the weights: [N, K] in memory is K x N by columns
@@ -46,7 +47,7 @@ struct WgmmaGemm {
   using Store = typename cutlass::epilogue::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster, Subtile, Sum, Sum, void, Row, kOutAlignment,
       Out, Row, kOutAlignment, cutlass::epilogue::TmaWarpSpecialized, Convert>::CollectiveOp;
-  using Epilogue = WgmmaEpilogue<Store, kBlockM, kBlockN, kThreads>;
+  using Epilogue = WgmmaEpilogue<Store, kBlockM, kBlockN, kThreads, kRanks>;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, int8_t, Row, 16, int8_t, Column, 16, int32_t, Tile, Cluster,
       cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
@@ -85,5 +86,14 @@ struct WgmmaGemm {
     return launched("gemm_wgmma");
   }
 };
+
+template <typename Out, int kBlockN>
+int32_t launch_wgmma(const qvdit_gemm_args& args, cudaStream_t stream) {
+  if constexpr (!std::is_same_v<Out, int32_t>) {
+    if (args.rank == 1) return WgmmaGemm<Out, kBlockN, 1>::run(args, stream);
+    if (args.rank > 1) return WgmmaGemm<Out, kBlockN, kRanksAtOnce>::run(args, stream);
+  }
+  return WgmmaGemm<Out, kBlockN, 0>::run(args, stream);
+}
 
 }  // namespace qvdit

@@ -3,7 +3,7 @@
 namespace qvdit {
 
 int32_t gemm_wgmma_128_s32(const qvdit_gemm_args& args, cudaStream_t stream) {
-  return WgmmaGemm<int32_t, 128>::run(args, stream);
+  return launch_wgmma<int32_t, 128>(args, stream);
 }
 
 }  // namespace qvdit

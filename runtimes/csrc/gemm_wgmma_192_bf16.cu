@@ -3,7 +3,7 @@
 namespace qvdit {
 
 int32_t gemm_wgmma_192_bf16(const qvdit_gemm_args& args, cudaStream_t stream) {
-  return WgmmaGemm<cutlass::bfloat16_t, 192>::run(args, stream);
+  return launch_wgmma<cutlass::bfloat16_t, 192>(args, stream);
 }
 
 }  // namespace qvdit

@@ -32,8 +32,8 @@ struct Tf32Pair {
 
 constexpr int kRanksAtOnce = 4;
 
-// u or beta of a tile's rows or columns as operands of wgmma without swizzle: the four TF32 numbers of a row are 16
-// bytes, those of 8 rows lie beside each other. A product takes eight numbers of a row, from two such blocks:
+// u or beta of a tile's rows or columns as operands of wgmma without swizzle: four TF32 numbers of a row are 16 bytes,
+// those of 8 rows lie beside each other. A product takes eight numbers of a row, from two such blocks:
 //
 //   four ranks    u: high | high, then low | low        beta: high | low, both times
 //   one rank      u: (high high low low) | the same     beta: (high low high low) | the same, all in `high`
@@ -44,19 +44,16 @@ struct TileRanks {
   alignas(128) float4 high[kRows];
   alignas(128) float4 low[kRows];
 
-  __device__ __forceinline__ void put(int row, const float (&of)[kRanksAtOnce]) {
-    const Tf32Pair a(of[0]), b(of[1]), c(of[2]), d(of[3]);
-    high[row] = {a.high, b.high, c.high, d.high};
-    low[row] = {a.low, b.low, c.low, d.low};
-  }
-  __device__ __forceinline__ void put_single_u(int row, float u) {
-    const Tf32Pair half(0.5f * u);
+  __device__ __forceinline__ void put_u(int row, const float (&u)[1]) {
+    const Tf32Pair half(0.5f * u[0]);
     high[row] = {half.high, half.high, half.low, half.low};
   }
-  __device__ __forceinline__ void put_single_beta(int row, float beta) {
-    const Tf32Pair pair(beta);
+  __device__ __forceinline__ void put_beta(int row, const float (&beta)[1]) {
+    const Tf32Pair pair(beta[0]);
     high[row] = {pair.high, pair.low, pair.high, pair.low};
   }
+  __device__ __forceinline__ void put_u(int row, const float (&u)[kRanksAtOnce]) { put(row, u); }
+  __device__ __forceinline__ void put_beta(int row, const float (&beta)[kRanksAtOnce]) { put(row, beta); }
 
   // wgmma's description of rows from one on: their first four numbers, and how many bytes on the other four are.
   static __device__ __forceinline__ uint64_t operand(const float4* row, int bytes_on) {
@@ -68,6 +65,13 @@ struct TileRanks {
     descriptor.bitfield.layout_type_ = static_cast<uint8_t>(cute::SM90::GMMA::LayoutType::INTERLEAVE);
     return descriptor;
   }
+
+ private:
+  __device__ __forceinline__ void put(int row, const float (&of)[kRanksAtOnce]) {
+    const Tf32Pair a(of[0]), b(of[1]), c(of[2]), d(of[3]);
+    high[row] = {a.high, b.high, c.high, d.high};
+    low[row] = {a.low, b.low, c.low, d.low};
+  }
 };
 
 // A tile's factors in shared memory.
@@ -77,10 +81,8 @@ struct TileFactors {
   TileRanks<kBlockN> beta;
   alignas(16) float2 affine[kBlockN];  // weight_scale, bias
   alignas(16) int32_t weight_sum[kBlockN];
-  alignas(16) int32_t weight_zero[kBlockN];
   float scale[kBlockM];
   int32_t zero[kBlockM];
-  int32_t row_sum[kBlockM];
 };
 
 // Something of CUTLASS's epilogue and the layer's arguments.
@@ -91,13 +93,15 @@ struct WithGemmArgs : Of {
 
 // Comes before Store, an epilogue of CUTLASS's, and makes what that one converts and stores: y, or where y is of int32
 // acc. By one warpgroup at a time, of kThreads.
-template <class Store, int kBlockM, int kBlockN, int kThreads>
+// kRanks: 0, 1, or kRanksAtOnce for two and more.
+template <class Store, int kBlockM, int kBlockN, int kThreads, int kRanks>
 class WgmmaEpilogue : public Store {
   using Factors = TileFactors<kBlockM, kBlockN>;
   static constexpr int kBlocks = kBlockM / 64;                          // of a wgmma's rows
   static constexpr int kPairs = kBlockN / 8;                            // of columns that a thread has accumulators of
   static constexpr int kColumns = (kBlockN + kThreads - 1) / kThreads;  // that a thread stages
-  static_assert(kBlockM == kThreads, "a thread stages a row");
+  static_assert(kBlockM == kThreads && kBlocks == 2, "a thread stages a row");
+  static_assert(kRanks == 0 || kRanks == 1 || kRanks == kRanksAtOnce);
 
  public:
   using Arguments = WithGemmArgs<typename Store::Arguments>;
@@ -128,33 +132,53 @@ class WgmmaEpilogue : public Store {
     static_assert(decltype(cute::size<0>(accumulators))::value == 4 * kPairs &&
                       decltype(cute::size<1>(accumulators))::value == kBlocks,
                   "another order of accumulators");
-    const auto store_sums = [&](auto const& sums) {
-      return Store::store(load, load_state, store, store_state, shape, tile_shape, tile, sums, tiled_mma, thread,
-                          shared);
-    };
     const int m = kBlockM * static_cast<int>(cute::get<0>(tile)), n = kBlockN * static_cast<int>(cute::get<1>(tile));
+    const auto store_block = [&](auto const& sums, auto from, int block) {
+      return Store::store(load, cute::get<0>(from), store, cute::get<1>(from), shape, tile_shape, tile, sums, tiled_mma,
+                          thread, shared, block);
+    };
+    const auto states = cute::make_tuple(load_state, store_state);
     Factors& factors = shared.factors;
-    stage(factors, m, n, thread);
-    stage_ranks(factors, 0, m, n, thread);
+    {  // all is read from device memory before anything is written
+      const OwnFactors own = read_factors(m, n, thread);
+      const OwnRanks own_ranks = read_ranks(0, m, n, thread);
+      put(factors, own, thread);
+      put(factors, own_ranks, thread);
+    }
     meet();
-    if (args_.zero) subtract_products(accumulators, factors.zero, factors.weight_sum, thread);
-    if (args_.weight_zero) subtract_products(accumulators, factors.row_sum, factors.weight_zero, thread);
+    if (args_.zero) subtract_products(accumulators, factors, thread);
+    if (args_.weight_zero) {
+      meet();  // all have read zero and weight_sum
+      put_weight_zeros(factors, m, n, thread);
+      meet();
+      subtract_products(accumulators, factors, thread);
+    }
     if constexpr (std::is_same_v<typename Store::ElementD, int32_t>) {
-      return store_sums(accumulators);
+      return store_block(accumulators, store_block(accumulators, states, 0), 1);
     } else {
       auto y = cute::make_fragment_like<float>(accumulators);
-      scale_and_shift(y, accumulators, factors, thread);
-      if (args_.rank == 1) add_rank(y, factors);
-#pragma unroll 1
-      for (int first = 0; args_.rank > 1 && first < args_.rank; first += kRanksAtOnce) {
-        if (first > 0) {
-          meet();  // all products of the ranks before have been read
-          stage_ranks(factors, first, m, n, thread);
-          meet();
-        }
-        add_ranks(y, factors);
+      // wgmma's turn comes after what the other warpgroup has asked of the tensor cores: a block's ranks are added while
+      // the next is scaled, and while the one before is stored.
+#pragma unroll
+      for (int block = 0; block < kBlocks; ++block) {
+        scale_and_shift(y, accumulators, block, factors, thread);
+        add_ranks(y, block, factors);
       }
-      return store_sums(y);
+      if constexpr (kRanks == kRanksAtOnce) {
+#pragma unroll 1
+        for (int first = kRanksAtOnce; first < args_.rank; first += kRanksAtOnce) {
+          wait_for_ranks<0>(y, 0), wait_for_ranks<0>(y, 1);
+          meet();  // all have read the ranks before
+          put(factors, read_ranks(first, m, n, thread), thread);
+          meet();
+#pragma unroll
+          for (int block = 0; block < kBlocks; ++block) add_ranks(y, block, factors);
+        }
+      }
+      wait_for_ranks<1>(y, 0);
+      const auto stored = store_block(y, states, 0);
+      wait_for_ranks<0>(y, 1);
+      return store_block(y, stored, 1);
     }
   }
 
@@ -171,69 +195,83 @@ class WgmmaEpilogue : public Store {
     return there && values ? values[at] : T{};
   }
 
-  // By each thread a row and its columns, 0 past the ends. All is read from device memory before anything is written.
-  CUTLASS_DEVICE void stage(Factors& factors, int tile_m, int tile_n, int thread) const {
-    const int m = tile_m + thread;
-    const bool row_there = m < args_.m;
-    const float scale = read(args_.scale, m, row_there);
-    const int32_t zero = read(args_.zero, m, row_there), row_sum = read(args_.row_sum, m, row_there);
+  // What a thread stages: a row and its columns, 0 past the ends.
+  struct OwnFactors {
+    float scale;
+    int32_t zero;
     float2 affine[kColumns];
-    int32_t weight_sum[kColumns], weight_zero[kColumns];
+    int32_t weight_sum[kColumns];
+  };
+  struct OwnRanks {
+    float u[kRanks > 0 ? kRanks : 1], beta[kColumns][kRanks > 0 ? kRanks : 1];
+  };
+
+  // Whether the tile and the matrix have the thread's column c.
+  CUTLASS_DEVICE bool has_column(int c, int tile_n, int thread) const {
+    return c * kThreads + thread < kBlockN && tile_n + c * kThreads + thread < args_.n;
+  }
+
+  CUTLASS_DEVICE OwnFactors read_factors(int tile_m, int tile_n, int thread) const {
+    const int m = tile_m + thread;
+    OwnFactors own;
+    own.scale = read(args_.scale, m, m < args_.m);
+    own.zero = read(args_.zero, m, m < args_.m);
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      const int column = c * kThreads + thread, n = tile_n + column;
-      const bool there = column < kBlockN && n < args_.n;
-      affine[c] = {read(args_.weight_scale, n, there), read(args_.bias, n, there)};
-      weight_sum[c] = read(args_.weight_sum, n, there);
-      weight_zero[c] = read(args_.weight_zero, n, there);
+      const int n = tile_n + c * kThreads + thread;
+      const bool there = has_column(c, tile_n, thread);
+      own.affine[c] = {read(args_.weight_scale, n, there), read(args_.bias, n, there)};
+      own.weight_sum[c] = read(args_.weight_sum, n, there);
     }
-    factors.scale[thread] = scale;
-    factors.zero[thread] = zero;
-    factors.row_sum[thread] = row_sum;
+    return own;
+  }
+
+  // kRanks of them, from one on; those past the last are 0.
+  CUTLASS_DEVICE OwnRanks read_ranks(int first, int tile_m, int tile_n, int thread) const {
+    const int m = tile_m + thread, ranks = static_cast<int>(args_.rank) - first;
+    const float* of_u = args_.u + first_u(args_, tile_n) + first * args_.m + m;
+    const float* of_beta = args_.beta + first * args_.n + tile_n + thread;
+    OwnRanks own;
+#pragma unroll
+    for (int r = 0; r < kRanks; ++r) {
+      own.u[r] = read(of_u, r * args_.m, r < ranks && m < args_.m);
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        own.beta[c][r] = read(of_beta, r * args_.n + c * kThreads, r < ranks && has_column(c, tile_n, thread));
+      }
+    }
+    return own;
+  }
+
+  static CUTLASS_DEVICE void put(Factors& factors, const OwnFactors& own, int thread) {
+    factors.scale[thread] = own.scale;
+    factors.zero[thread] = own.zero;
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      if (c * kThreads + thread >= kBlockN) break;
+      factors.affine[c * kThreads + thread] = own.affine[c];
+      factors.weight_sum[c * kThreads + thread] = own.weight_sum[c];
+    }
+  }
+
+  static CUTLASS_DEVICE void put(Factors& factors, const OwnRanks& own, int thread) {
+    if constexpr (kRanks > 0) {
+      factors.u.put_u(thread, own.u);
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c) {
+        if (c * kThreads + thread < kBlockN) factors.beta.put_beta(c * kThreads + thread, own.beta[c]);
+      }
+    }
+  }
+
+  // What few layers have, in the place of zero and weight_sum.
+  CUTLASS_DEVICE void put_weight_zeros(Factors& factors, int tile_m, int tile_n, int thread) const {
+    factors.zero[thread] = read(args_.row_sum, tile_m + thread, tile_m + thread < args_.m);
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
       const int column = c * kThreads + thread;
       if (column >= kBlockN) break;
-      factors.affine[column] = affine[c];
-      factors.weight_sum[column] = weight_sum[c];
-      factors.weight_zero[column] = weight_zero[c];
-    }
-  }
-
-  // The same of four ranks from one on, or of the only one. Those past the last are 0.
-  CUTLASS_DEVICE void stage_ranks(Factors& factors, int first, int tile_m, int tile_n, int thread) const {
-    const int m = tile_m + thread, left = static_cast<int>(args_.rank) - first;
-    if (left <= 0) return;
-    const bool row_there = m < args_.m;
-    const float* of_u = args_.u + first_u(args_, tile_n) + first * args_.m + m;
-    const float* of_beta = args_.beta + first * args_.n + tile_n + thread;
-    const auto there = [&](int c) {
-      const int column = c * kThreads + thread;
-      return column < kBlockN && tile_n + column < args_.n;
-    };
-    if (args_.rank == 1) {
-      const float u = read(of_u, 0, row_there);
-      float beta[kColumns];
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) beta[c] = read(of_beta, c * kThreads, there(c));
-      factors.u.put_single_u(thread, u);
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-        if (c * kThreads + thread < kBlockN) factors.beta.put_single_beta(c * kThreads + thread, beta[c]);
-      }
-    } else {
-      float u[kRanksAtOnce], beta[kColumns][kRanksAtOnce];
-#pragma unroll
-      for (int r = 0; r < kRanksAtOnce; ++r) {
-        u[r] = read(of_u, r * args_.m, r < left && row_there);
-#pragma unroll
-        for (int c = 0; c < kColumns; ++c) beta[c][r] = read(of_beta, r * args_.n + c * kThreads, r < left && there(c));
-      }
-      factors.u.put(thread, u);
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-        if (c * kThreads + thread < kBlockN) factors.beta.put(c * kThreads + thread, beta[c]);
-      }
+      factors.weight_sum[column] = read(args_.weight_zero, tile_n + column, has_column(c, tile_n, thread));
     }
   }
 
@@ -244,92 +282,73 @@ class WgmmaEpilogue : public Store {
   }
   static CUTLASS_DEVICE int column(int thread, int pair) { return 8 * pair + thread % 4 * 2; }
 
-  template <typename T>
-  struct Rows {  // a thread's values of a vector over the tile's rows
-    T of[kBlocks][2];
-    CUTLASS_DEVICE Rows(const T* values, int thread) {
-#pragma unroll
-      for (int i = 0; i < 2 * kBlocks; ++i) of[i / 2][i % 2] = values[row(thread, i / 2, i % 2)];
-    }
-  };
-
   template <class Accumulators>
-  static CUTLASS_DEVICE void subtract_products(Accumulators& accumulators, const int32_t* of_rows,
-                                               const int32_t* of_columns, int thread) {
-    const Rows<int32_t> rows(of_rows, thread);
+  static CUTLASS_DEVICE void subtract_products(Accumulators& accumulators, const Factors& factors, int thread) {
+    int32_t zero[kBlocks][2];
+#pragma unroll
+    for (int i = 0; i < 2 * kBlocks; ++i) zero[i / 2][i % 2] = factors.zero[row(thread, i / 2, i % 2)];
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) {
-      const int2 columns = *reinterpret_cast<const int2*>(of_columns + column(thread, pair));
+      const int2 sums = *reinterpret_cast<const int2*>(factors.weight_sum + column(thread, pair));
 #pragma unroll
       for (int i = 0; i < 4 * kBlocks; ++i) {
-        accumulators(4 * pair + i % 4, i / 4, 0) -= rows.of[i / 4][i / 2 % 2] * (i % 2 ? columns.y : columns.x);
+        accumulators(4 * pair + i % 4, i / 4, 0) -= zero[i / 4][i / 2 % 2] * (i % 2 ? sums.y : sums.x);
       }
     }
   }
 
   template <class Sums, class Accumulators>
-  static CUTLASS_DEVICE void scale_and_shift(Sums& y, Accumulators const& accumulators, const Factors& factors,
-                                             int thread) {
-    const Rows<float> scale(factors.scale, thread);
+  static CUTLASS_DEVICE void scale_and_shift(Sums& y, Accumulators const& accumulators, int block,
+                                             const Factors& factors, int thread) {
+    const float scale[2] = {factors.scale[row(thread, block, 0)], factors.scale[row(thread, block, 1)]};
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) {
       const float4 affine = *reinterpret_cast<const float4*>(factors.affine + column(thread, pair));
 #pragma unroll
-      for (int i = 0; i < 4 * kBlocks; ++i) {
+      for (int i = 0; i < 4; ++i) {
         const float weight_scale = i % 2 ? affine.z : affine.x, bias = i % 2 ? affine.w : affine.y;
-        const float sum = static_cast<float>(accumulators(4 * pair + i % 4, i / 4, 0));
-        y(4 * pair + i % 4, i / 4, 0) = bias + scale.of[i / 4][i / 2 % 2] * (weight_scale * sum);
+        const float sum = static_cast<float>(accumulators(4 * pair + i, block, 0));
+        y(4 * pair + i, block, 0) = bias + scale[i / 2] * (weight_scale * sum);
       }
     }
   }
 
-  // y += u · beta, of the only rank.
+  // Begins y += Σ_r u_r · beta_r for a block, of the ranks in shared memory.
   template <class Sums>
-  static CUTLASS_DEVICE void add_rank(Sums& y, const Factors& factors) {
-    const uint64_t beta = factors.beta.operand(factors.beta.high, 0);
-    begin_products(y);
-#pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
-      add_product(y, block, factors.u.operand(factors.u.high + 64 * block, 0), beta);
-    }
-    end_products(y);
-  }
-
-  // y += Σ_r u_r · beta_r, of the four in shared memory.
-  template <class Sums>
-  static CUTLASS_DEVICE void add_ranks(Sums& y, const Factors& factors) {
-    const uint64_t beta = factors.beta.operand(factors.beta.high, sizeof(factors.beta.high));
-    begin_products(y);
-#pragma unroll
-    for (int block = 0; block < kBlocks; ++block) {
-      add_product(y, block, factors.u.operand(factors.u.high + 64 * block, 0), beta);
-      add_product(y, block, factors.u.operand(factors.u.low + 64 * block, 0), beta);
-    }
-    end_products(y);
-  }
-
-  template <class Sums>
-  static CUTLASS_DEVICE void begin_products(Sums& y) {
-    cute::warpgroup_fence_operand(y);
+  static CUTLASS_DEVICE void add_ranks(Sums& y, int block, const Factors& factors) {
+    if constexpr (kRanks == 0) return;
+    auto of_block = y(cute::_, block, 0);
+    cute::warpgroup_fence_operand(of_block);
     cute::warpgroup_arrive();
-  }
-  template <class Sums>
-  static CUTLASS_DEVICE void end_products(Sums& y) {
+    const float4 *high = factors.u.high + 64 * block, *low = factors.u.low + 64 * block;
+    if constexpr (kRanks == 1) {
+      add_product(of_block, factors.u.operand(high, 0), factors.beta.operand(factors.beta.high, 0));
+    } else {
+      const uint64_t beta = factors.beta.operand(factors.beta.high, sizeof(factors.beta.high));
+      add_product(of_block, factors.u.operand(high, 0), beta);
+      add_product(of_block, factors.u.operand(low, 0), beta);
+    }
     cute::warpgroup_commit_batch();
-    cute::warpgroup_wait<0>();
-    cute::warpgroup_fence_operand(y);
+  }
+
+  // Until no more than so many blocks' ranks, begun after those of this one, are being added.
+  template <int kOthers, class Sums>
+  static CUTLASS_DEVICE void wait_for_ranks(Sums& y, int block) {
+    cute::warpgroup_wait<kOthers>();
+    auto of_block = y(cute::_, block, 0);
+    cute::warpgroup_fence_operand(of_block);
   }
 
   template <class Sums>
-  static CUTLASS_DEVICE void add_product(Sums& y, int block, uint64_t u, uint64_t beta) {
-    add_product(y, block, u, beta, cute::make_seq<4 * kPairs>{});
+  static CUTLASS_DEVICE void add_product(Sums& y, uint64_t u, uint64_t beta) {
+    add_product(y, u, beta, cute::make_seq<4 * kPairs>{});
   }
   template <class Sums, int... i>
-  static CUTLASS_DEVICE void add_product(Sums& y, int block, uint64_t u, uint64_t beta, cute::seq<i...>) {
+  static CUTLASS_DEVICE void add_product(Sums& y, uint64_t u, uint64_t beta, cute::seq<i...>) {
     using namespace cute::SM90::GMMA;
     using Product = decltype(ss_op_selector<cute::tfloat32_t, cute::tfloat32_t, float,
                                             cute::Shape<cute::_64, cute::Int<kBlockN>, cute::_8>, Major::K, Major::K>());
-    Product::fma(u, beta, y(i, block, 0)..., ScaleOut::One);
+    Product::fma(u, beta, y(i)..., ScaleOut::One);
   }
 
   qvdit_gemm_args const& args_;

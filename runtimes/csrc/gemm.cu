@@ -4,13 +4,15 @@
 namespace {
 
 constexpr int kMaxRank = 32;
+constexpr long long kMostRows = INT32_MAX - 256;  // and columns: those of a tile past the last have an int32 index too
 constexpr int kSegmentStep = 128;  // a tile must lie in one segment
 
 bool on_multiple(const void* pointer, int bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
 int32_t check(const qvdit_gemm_args& args) {
   const long long m = args.m, n = args.n, k_pad = args.k_pad, rank = args.rank;
-  QVDIT_REQUIRE(m >= 1 && m < INT32_MAX && n >= 1 && n < INT32_MAX, "y of [%lld, %lld]", m, n);
+  QVDIT_REQUIRE(m >= 1 && m <= kMostRows && n >= 1 && n <= kMostRows, "y of [%lld, %lld]; at most %lld of both", m, n,
+                kMostRows);
   QVDIT_REQUIRE(k_pad >= 32 && k_pad % 32 == 0 && k_pad <= 1 << 20, "K_pad %lld; a multiple of 32", k_pad);
   QVDIT_REQUIRE(args.x_q && args.weight && args.y, "x_q, weight and y must be given");
   QVDIT_REQUIRE(args.y_dtype >= QVDIT_F32 && args.y_dtype <= QVDIT_S32, "y of type %d", args.y_dtype);

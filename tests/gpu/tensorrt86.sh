@@ -6,6 +6,9 @@
 #                           [--levels '0 2'] [--options --fixed] [--jobs 5] [--limit 150] [--seconds 600] [--plans DIR]
 #                           BUNDLE …
 #
+# All builds share OUT/timing.cache: one bundle of each model is built first, low-bit and static INT8, the others find
+# its layers timed.
+#
 # --tensorrt: a folder with lib/libnvinfer.so.8 and an env.sh that defines trtpython. --headers: TensorRT's include
 # folder, to build kernels and plugin with; --kernels: the folder where both libraries are already. --levels: the
 # optimization levels to build at, one after the other; a later engine takes an earlier one's place once it is proven.
@@ -28,7 +31,7 @@ while [ $# -gt 0 ]; do
 done
 [ -f "$tensorrt/env.sh" ] && [ -f "$headers/NvInferRuntime.h" -o -f "$kernels/libqvdit_tensorrt.so" ] && [ -n "$out" ] &&
   [ $# -gt 0 ] || {
-  sed -n '2,17p' "$0" >&2
+  sed -n '2,20p' "$0" >&2
   exit 2
 }
 mkdir -p "$out"
@@ -63,7 +66,7 @@ prove() {
   mkdir -p "$folder"
   # shellcheck disable=SC2086
   timeout -k 5 "$most" bash -c 'trtpython -m qvdit.runtimes.tensorrt "$@"' _ "$bundle" --optimization-level "$level" \
-    $options >"$folder/log.txt" 2>&1 || code=$?
+    --timing-cache "$out/timing.cache" $options >"$folder/log.txt" 2>&1 || code=$?
   find "$bundle/tensorrt" -maxdepth 1 -name '*.json*' -newermt "@$begin" -exec cp -t "$folder" {} +
   echo "== $name, level $level: status $code, $(($(date +%s) - begin)) s"
   tail -n 3 "$folder/log.txt" | cut -c1-700
@@ -98,7 +101,17 @@ if [ -n "$plans" ]; then
 fi
 
 read -r first others <<<"$levels"
-each prove "$first" -- "$@" || true
+declare -A seen=()
+leading=() following=()
+for bundle in "$@"; do
+  name=$(basename "$bundle") kind=low-bit
+  [[ $name != *-int8-static ]] || kind=static
+  model=${name%-int8-static} model=${model%-w[0-9]a[0-9]}
+  if [ -z "${seen[$model $kind]:-}" ]; then leading+=("$bundle"); else following+=("$bundle"); fi
+  seen[$model $kind]=yes
+done
+each prove "$first" -- "${leading[@]}" || true
+[ ${#following[@]} -eq 0 ] || each prove "$first" -- "${following[@]}" || true
 built=()
 for bundle in "$@"; do [ ! -f "$bundle/tensorrt/model.plan" ] || built+=("$bundle"); done
 if [ ${#built[@]} -gt 0 ]; then

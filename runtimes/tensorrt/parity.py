@@ -220,5 +220,6 @@ def refuse_failed(result: Mapping[str, Any], where: Path) -> None:
             f"an engine that fails parity: {'; '.join(found)}",
             f"equal integers, and an error of at most {ERROR_RATIOS[1]} of that and at least {ERROR_RATIOS[0]} of the "
             "float32 run's",
-            f"look at {where}; the engine that was there before is untouched",
+            f"look at {where}; at another --optimization-level TensorRT takes other kernels of its own; the engine "
+            "that was there before is untouched",
         )

@@ -214,19 +214,23 @@ def test_outputs_are_within_rounding(size, rank, dtype, bits, parts):
 @pytest.mark.parametrize(("m", "n"), [(1, 192), (129, 264), (257, 520), (1000, 1152), (6001, 1160)])
 @pytest.mark.parametrize("k", [64, 1000])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_integers_come_through_outputs_of_16_bits(m, n, k, symmetric):
+@pytest.mark.parametrize("bits", [4, 8])
+def test_integers_come_through_outputs_of_16_bits(m, n, k, symmetric, bits):
     """Scales of 1 and accumulators that float16 holds: what tiles without int32 outputs are checked by.
 
-    The last size has several tiles for each multiprocessor.
+    The last size has several tiles for each multiprocessor. Weights of 8 bits have zero points.
     """
     rng = np.random.default_rng(m)
     x = np.zeros((m, k), np.float32)
     x[:, :60] = rng.integers(-15 if symmetric else 0, 16, (m, 60))
     x[:, 60] = 127 if symmetric else 255
     x = rng.permuted(x, axis=1)
-    weight_q = rng.integers(-1, 2, (n, k)).astype(np.int8)
-    layer = LowBitLayer("layer", 4, 8, symmetric, FrameRows.NONE, weight_q, np.ones(n, np.float32))
-    expected_y = (x.astype(np.float64) @ weight_q.T.astype(np.float64)).astype(np.int64)
+    weight_zero = rng.integers(0, 2, n).astype(np.int8) if bits == 8 else np.zeros(n, np.int8)
+    weight_q = (rng.integers(-1, 2, (n, k)) + weight_zero[:, None]).astype(np.int8)
+    zeros = {"weight_zero": weight_zero} if bits == 8 else {}
+    layer = LowBitLayer("layer", bits, 8, symmetric, FrameRows.NONE, weight_q, np.ones(n, np.float32), **zeros)
+    centred = (weight_q - weight_zero[:, None]).T.astype(np.float64)
+    expected_y = (x.astype(np.float64) @ centred).astype(np.int64)
     for tile in tiles(n, 2):
         y = run(layer, torch.from_numpy(x).half().cuda(), tile=tile)
         np.testing.assert_array_equal(y.cpu().numpy().astype(np.int64), expected_y, err_msg=str(tile))

@@ -4,12 +4,15 @@
 //   y   = (bias + scale · (weight_scale · acc)) + Σ_r u_r · beta_r      float32; u of the column's segment; null: 0
 //
 // One warpgroup's epilogue hides behind the other's mainloop as long as it takes no longer, and it is four warps that
-// share the registers' ports with the tensor cores. So the ranks are a product of the tensor cores too: the accumulators
-// become float32 where they are, and wgmma adds u · beta to them, each number the sum of two of TF32.
+// share the registers' ports with the tensor cores. So the accumulators become float32 where they are, each column's
+// factors read once for all rows, and the only rank is a multiplication more. Further ranks are a product of the tensor
+// cores: wgmma adds u · beta to what the accumulators became, each number the sum of two of TF32.
 //
 // µs for 32768 x 4608 x 1152, bf16 out, ranks 0, 1, 4, and the same with zero, on H200s, 2026-11-28: 271, 274, 333, 302,
-// 305, 385 when each subtile's conversion did it with float32 products and sums; 245, 274, 304, 259, 298, 327 with both
-// blocks' ranks added after both were scaled, in that run; 252, 269, 299, 269, 297, 331 so, in another.
+// 305, 385 when each subtile's conversion did it with float32 products and sums; 245, 274, 304, 259, 298, 327 with
+// wgmma for rank 1 too and every block scaled before any rank was added, in that run; 252, 269, 299, 269, 297, 331 with
+// a block's ranks added while the next is scaled, at rank 0 block after block as well, in another. Ranks 0 and 1 as they
+// are now have not been timed.
 #pragma once
 
 #include <type_traits>
@@ -36,28 +39,31 @@ struct Tf32Pair {
 
 constexpr int kRanksAtOnce = 4;
 
-// u or beta of a tile's rows or columns as operands of wgmma without swizzle: four TF32 numbers of a row are 16 bytes,
-// those of 8 rows lie beside each other. A product takes eight numbers of a row, from two such blocks:
-//
-//   four ranks    u: high | high, then low | low        beta: high | low, both times
-//   one rank      u: (high high low low) | the same     beta: (high low high low) | the same, all in `high`
-//
-// Of one rank the sum comes twice, so u is halved.
-template <int kRows>
+// u or beta of a tile's rows or columns.
+template <int kRows, int kRanks>
 struct TileRanks {
+  __device__ __forceinline__ void put(int, const float (&)[1]) {}
+};
+
+template <int kRows>
+struct TileRanks<kRows, 1> {
+  alignas(16) float of[kRows];
+  __device__ __forceinline__ void put(int row, const float (&value)[1]) { of[row] = value[0]; }
+};
+
+// As operands of wgmma without swizzle: four TF32 numbers of a row are 16 bytes, those of 8 rows lie beside each other. A
+// product takes eight numbers of a row, from two such blocks: of u high | high, then low | low, of beta both times
+// high | low.
+template <int kRows>
+struct TileRanks<kRows, kRanksAtOnce> {
   alignas(128) float4 high[kRows];
   alignas(128) float4 low[kRows];
 
-  __device__ __forceinline__ void put_u(int row, const float (&u)[1]) {
-    const Tf32Pair half(0.5f * u[0]);
-    high[row] = {half.high, half.high, half.low, half.low};
+  __device__ __forceinline__ void put(int row, const float (&of)[kRanksAtOnce]) {
+    const Tf32Pair a(of[0]), b(of[1]), c(of[2]), d(of[3]);
+    high[row] = {a.high, b.high, c.high, d.high};
+    low[row] = {a.low, b.low, c.low, d.low};
   }
-  __device__ __forceinline__ void put_beta(int row, const float (&beta)[1]) {
-    const Tf32Pair pair(beta[0]);
-    high[row] = {pair.high, pair.low, pair.high, pair.low};
-  }
-  __device__ __forceinline__ void put_u(int row, const float (&u)[kRanksAtOnce]) { put(row, u); }
-  __device__ __forceinline__ void put_beta(int row, const float (&beta)[kRanksAtOnce]) { put(row, beta); }
 
   // wgmma's description of rows from one on: their first four numbers, and how many bytes on the other four are.
   static __device__ __forceinline__ uint64_t operand(const float4* row, int bytes_on) {
@@ -69,20 +75,13 @@ struct TileRanks {
     descriptor.bitfield.layout_type_ = static_cast<uint8_t>(cute::SM90::GMMA::LayoutType::INTERLEAVE);
     return descriptor;
   }
-
- private:
-  __device__ __forceinline__ void put(int row, const float (&of)[kRanksAtOnce]) {
-    const Tf32Pair a(of[0]), b(of[1]), c(of[2]), d(of[3]);
-    high[row] = {a.high, b.high, c.high, d.high};
-    low[row] = {a.low, b.low, c.low, d.low};
-  }
 };
 
 // A tile's factors in shared memory.
-template <int kBlockM, int kBlockN>
+template <int kBlockM, int kBlockN, int kRanks>
 struct TileFactors {
-  TileRanks<kBlockM> u;
-  TileRanks<kBlockN> beta;
+  TileRanks<kBlockM, kRanks> u;
+  TileRanks<kBlockN, kRanks> beta;
   alignas(16) float2 affine[kBlockN];  // weight_scale, bias
   alignas(16) int32_t weight_sum[kBlockN];
   float scale[kBlockM];
@@ -95,12 +94,11 @@ struct WithGemmArgs : Of {
   qvdit_gemm_args gemm;
 };
 
-// Comes before Store, an epilogue of CUTLASS's, and makes what that one converts and stores: y, or where y is of int32
-// acc. By one warpgroup at a time, of kThreads.
-// kRanks: 0, 1, or kRanksAtOnce for two and more.
+// Comes before Store, an epilogue of CUTLASS's, and makes what that one converts and stores: y, or where that is int32
+// acc. By one warpgroup at a time, of kThreads. kRanks: 0, 1, or kRanksAtOnce for two and more.
 template <class Store, int kBlockM, int kBlockN, int kThreads, int kRanks>
 class WgmmaEpilogue : public Store {
-  using Factors = TileFactors<kBlockM, kBlockN>;
+  using Factors = TileFactors<kBlockM, kBlockN, kRanks>;
   static constexpr int kBlocks = kBlockM / 64;                          // of a wgmma's rows
   static constexpr int kPairs = kBlockN / 8;                            // of columns that a thread has accumulators of
   static constexpr int kColumns = (kBlockN + kThreads - 1) / kThreads;  // that a thread stages
@@ -163,14 +161,17 @@ class WgmmaEpilogue : public Store {
       return store_block(accumulators, store_block(accumulators, states, 0), 1);
     } else {
       auto y = cute::make_fragment_like<float>(accumulators);
-      // wgmma's turn comes after what the other warpgroup has asked of the tensor cores: a block's ranks are added while
-      // the next is scaled, and while the one before is stored.
+      if constexpr (kRanks <= 1) {
+        scale_and_shift<kBlocks>(y, accumulators, 0, factors, thread);
+        return store_block(y, store_block(y, states, 0), 1);
+      } else {
+        // wgmma's turn comes after what the other warpgroup has asked of the tensor cores: a block's ranks are added
+        // while the next is scaled, and while the one before is stored.
 #pragma unroll
-      for (int block = 0; block < kBlocks; ++block) {
-        scale_and_shift(y, accumulators, block, factors, thread);
-        add_ranks(y, block, factors);
-      }
-      if constexpr (kRanks == kRanksAtOnce) {
+        for (int block = 0; block < kBlocks; ++block) {
+          scale_and_shift<1>(y, accumulators, block, factors, thread);
+          add_ranks(y, block, factors);
+        }
 #pragma unroll 1
         for (int first = kRanksAtOnce; first < args_.rank; first += kRanksAtOnce) {
           wait_for_ranks<0>(y, 0), wait_for_ranks<0>(y, 1);
@@ -180,11 +181,11 @@ class WgmmaEpilogue : public Store {
 #pragma unroll
           for (int block = 0; block < kBlocks; ++block) add_ranks(y, block, factors);
         }
+        wait_for_ranks<1>(y, 0);
+        const auto stored = store_block(y, states, 0);
+        wait_for_ranks<0>(y, 1);
+        return store_block(y, stored, 1);
       }
-      wait_for_ranks<1>(y, 0);
-      const auto stored = store_block(y, states, 0);
-      wait_for_ranks<0>(y, 1);
-      return store_block(y, stored, 1);
     }
   }
 
@@ -267,12 +268,10 @@ class WgmmaEpilogue : public Store {
   }
 
   static CUTLASS_DEVICE void put(Factors& factors, const OwnRanks& own, int thread) {
-    if constexpr (kRanks > 0) {
-      factors.u.put_u(thread, own.u);
+    factors.u.put(thread, own.u);
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-        if (c * kThreads + thread < kBlockN) factors.beta.put_beta(c * kThreads + thread, own.beta[c]);
-      }
+    for (int c = 0; c < kColumns; ++c) {
+      if (c * kThreads + thread < kBlockN) factors.beta.put(c * kThreads + thread, own.beta[c]);
     }
   }
 
@@ -309,18 +308,30 @@ class WgmmaEpilogue : public Store {
     }
   }
 
-  template <class Sums, class Accumulators>
-  static CUTLASS_DEVICE void scale_and_shift(Sums& y, Accumulators const& accumulators, int block,
+  // y of so many blocks from one on, without ranks or with the only one.
+  template <int kMany, class Sums, class Accumulators>
+  static CUTLASS_DEVICE void scale_and_shift(Sums& y, Accumulators const& accumulators, int first,
                                              const Factors& factors, int thread) {
-    const float scale[2] = {factors.scale[row(thread, block, 0)], factors.scale[row(thread, block, 1)]};
+    float scale[kMany][2];
+    [[maybe_unused]] float u[kMany][2];
+#pragma unroll
+    for (int i = 0; i < 2 * kMany; ++i) {
+      scale[i / 2][i % 2] = factors.scale[row(thread, first + i / 2, i % 2)];
+      if constexpr (kRanks == 1) u[i / 2][i % 2] = factors.u.of[row(thread, first + i / 2, i % 2)];
+    }
 #pragma unroll
     for (int pair = 0; pair < kPairs; ++pair) {
       const float4 affine = *reinterpret_cast<const float4*>(factors.affine + column(thread, pair));
+      [[maybe_unused]] float2 beta;
+      if constexpr (kRanks == 1) beta = *reinterpret_cast<const float2*>(factors.beta.of + column(thread, pair));
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < 4 * kMany; ++i) {
+        const int block = i / 4, of_two = i / 2 % 2, at = 4 * pair + i % 4;
         const float weight_scale = i % 2 ? affine.z : affine.x, bias = i % 2 ? affine.w : affine.y;
-        const float sum = static_cast<float>(accumulators(4 * pair + i, block, 0));
-        y(4 * pair + i, block, 0) = bias + scale[i / 2] * (weight_scale * sum);
+        const float sum = static_cast<float>(accumulators(at, first + block, 0));
+        float value = bias + scale[block][of_two] * (weight_scale * sum);
+        if constexpr (kRanks == 1) value += u[block][of_two] * (i % 2 ? beta.y : beta.x);
+        y(at, first + block, 0) = value;
       }
     }
   }
@@ -328,18 +339,12 @@ class WgmmaEpilogue : public Store {
   // Begins y += Σ_r u_r · beta_r for a block, of the ranks in shared memory.
   template <class Sums>
   static CUTLASS_DEVICE void add_ranks(Sums& y, int block, const Factors& factors) {
-    if constexpr (kRanks == 0) return;
     auto of_block = y(cute::_, block, 0);
     cute::warpgroup_fence_operand(of_block);
     cute::warpgroup_arrive();
-    const float4 *high = factors.u.high + 64 * block, *low = factors.u.low + 64 * block;
-    if constexpr (kRanks == 1) {
-      add_product(of_block, factors.u.operand(high, 0), factors.beta.operand(factors.beta.high, 0));
-    } else {
-      const uint64_t beta = factors.beta.operand(factors.beta.high, sizeof(factors.beta.high));
-      add_product(of_block, factors.u.operand(high, 0), beta);
-      add_product(of_block, factors.u.operand(low, 0), beta);
-    }
+    const uint64_t beta = factors.beta.operand(factors.beta.high, sizeof(factors.beta.high));
+    add_product(of_block, factors.u.operand(factors.u.high + 64 * block, 0), beta);
+    add_product(of_block, factors.u.operand(factors.u.low + 64 * block, 0), beta);
     cute::warpgroup_commit_batch();
   }
 

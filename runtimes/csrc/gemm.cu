@@ -53,14 +53,19 @@ bool in_one_segment(const qvdit_gemm_args& args, int columns) {
 }
 
 #if defined(QVDIT_WITH_WGMMA)
-// How many tiles of 128 rows each multiprocessor computes at most. Two of them are a cluster: CUTLASS takes an even
-// number of rows of tiles.
-int64_t waves(const qvdit_gemm_args& args, int columns) {
-  int device = 0, multiprocessors = 1;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
-  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+int multiprocessors() {
+  int device = 0, found = 1;
+  if (cudaGetDevice(&device) == cudaSuccess) {
+    cudaDeviceGetAttribute(&found, cudaDevAttrMultiProcessorCount, device);
+  }
+  return found;
+}
+
+// How many tiles of 128 rows each of so many multiprocessors computes at most. Two of them are a cluster: CUTLASS takes
+// an even number of rows of tiles.
+int64_t waves(const qvdit_gemm_args& args, int columns, int processors) {
   const int64_t tiles = (args.m + 255) / 256 * 2 * ((args.n + columns - 1) / columns);
-  return (tiles + multiprocessors - 1) / multiprocessors;
+  return (tiles + processors - 1) / processors;
 }
 
 // A tile's time, relative: what has the fewest waves is not always fastest. On an H100, 2026-11-25, bf16 out, rank 1,
@@ -87,8 +92,9 @@ int fastest_wgmma(const qvdit_gemm_args& args) {
   int best = QVDIT_TILE_WGMMA_128X128;
   if (args.y_dtype == QVDIT_S32) return best;
   int64_t least = INT64_MAX;
+  const int processors = multiprocessors();
   for (const WgmmaTileTime& each : kTileTimes) {
-    const int64_t time = waves(args, each.columns) * each.time;
+    const int64_t time = waves(args, each.columns, processors) * each.time;
     if (in_one_segment(args, each.columns) && time < least) best = each.tile, least = time;
   }
   return best;

@@ -32,7 +32,7 @@ struct WgmmaGemm {
   static constexpr int kBlockM = 128, kThreads = 128;  // threads of a warpgroup
   using Tile = cute::Shape<cute::Int<kBlockM>, cute::Int<kBlockN>, cute::_128>;
   // What a warpgroup converts and hands to TMA at once: a block of the epilogue's. CUTLASS's own choice, 64 x 32, costs
-  // its threads three times as many meetings and waits for the one before.
+  // its threads three to six times as many meetings and waits for the one before.
   using Subtile = cute::Shape<cute::_64, cute::Int<kBlockN>>;
   using Cluster = cute::Shape<cute::_2, cute::_1, cute::_1>;
   using Row = cutlass::layout::RowMajor;

@@ -141,6 +141,7 @@ class WgmmaEpilogue : public Store {
                           thread, shared, block);
     };
     const auto states = cute::make_tuple(load_state, store_state);
+    const auto store_all = [&](auto const& sums) { return store_block(sums, store_block(sums, states, 0), 1); };
     Factors& factors = shared.factors;
     keep_order();
     {  // all is read from device memory before anything is written
@@ -158,12 +159,12 @@ class WgmmaEpilogue : public Store {
       subtract_products(accumulators, factors, thread);
     }
     if constexpr (std::is_same_v<typename Store::ElementD, int32_t>) {
-      return store_block(accumulators, store_block(accumulators, states, 0), 1);
+      return store_all(accumulators);
     } else {
       auto y = cute::make_fragment_like<float>(accumulators);
       if constexpr (kRanks <= 1) {
         scale_and_shift<kBlocks>(y, accumulators, 0, factors, thread);
-        return store_block(y, store_block(y, states, 0), 1);
+        return store_all(y);
       } else {
         // wgmma's turn comes after what the other warpgroup has asked of the tensor cores: a block's ranks are added
         // while the next is scaled, and while the one before is stored.

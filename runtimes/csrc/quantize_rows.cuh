@@ -360,11 +360,6 @@ __device__ __forceinline__ uint32_t pack_bytes(float a, float b, float c, float 
   return __byte_perm(low, high, 0x5410);
 }
 
-// The mask that keeps the first count of four bytes.
-__device__ __forceinline__ uint32_t first_bytes(int count) {
-  return count >= 4 ? ~0u : count <= 0 ? 0u : (1u << (8 * count)) - 1u;
-}
-
 template <typename Value>
 __device__ __forceinline__ Value warp_sum(Value value) {
 #pragma unroll

@@ -18,6 +18,11 @@ constexpr int kRowPad = 32;  // values; ROW_PAD of qvdit/contract/layer.py
 
 QVDIT_HOST_DEVICE constexpr int64_t padded(int64_t k) { return (k + kRowPad - 1) / kRowPad * kRowPad; }
 
+// The mask that keeps the first count of four bytes.
+QVDIT_HOST_DEVICE uint32_t first_bytes(int count) {
+  return count >= 4 ? ~0u : count <= 0 ? 0u : (1u << (8 * count)) - 1u;
+}
+
 // Codes 4 i … 4 i + 3 of those packed in words, a byte each; a code is its value + 2^(b-1). With i known at compile time
 // six operations on words for the four, whatever the width.
 template <int kBits, int kWords>

@@ -57,11 +57,6 @@ struct Chunk {
   }
 };
 
-// The bytes of four values that are features, where so many from the first on are.
-__device__ __forceinline__ uint32_t byte_mask(int inside) {
-  return inside >= 4 ? ~0u : inside <= 0 ? 0u : (1u << (8 * inside)) - 1u;
-}
-
 template <int kBits>
 __global__ void __launch_bounds__(32 * kWarps) unpack_weight_kernel(const __grid_constant__ UnpackParams params) {
   __shared__ int sums[kWarps];
@@ -95,7 +90,7 @@ __global__ void __launch_bounds__(32 * kWarps) unpack_weight_kernel(const __grid
 #pragma unroll
         for (int i = 0; i < kChunk / 4; ++i) {
           values[i] = offset.values(qvdit::unpack_codes<kBits>(chunks[j].words, i));
-          if (inside < kChunk) values[i] &= byte_mask(inside - 4 * i);
+          if (inside < kChunk) values[i] &= qvdit::first_bytes(inside - 4 * i);
           sum = __dp4a(static_cast<int>(values[i]), 0x01010101, sum);
         }
         weight[chunk] = make_uint4(values[0], values[1], values[2], values[3]);

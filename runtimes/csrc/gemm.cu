@@ -5,7 +5,7 @@ namespace {
 
 constexpr int kMaxRank = 32;
 constexpr long long kMostRows = INT32_MAX - 256;  // and columns: those of a tile past the last have an int32 index too
-constexpr int kSegmentStep = 128;  // a tile must lie in one segment
+constexpr int kSegmentStep = 128;                 // a tile must lie in one segment
 
 bool on_multiple(const void* pointer, int bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
 
@@ -68,25 +68,25 @@ int64_t waves(const qvdit_gemm_args& args, int columns, int processors) {
   return (tiles + processors - 1) / processors;
 }
 
-// A tile's time, relative: what has the fewest waves is not always fastest. On an H100, 2026-11-25, bf16 out, rank 1,
-// TOP/s of 128x192 / 128x128, one of them 1.4 times the time of the other:
+// A tile's time, relative, is its columns' times K, but the widest take least a column; what comes before the first
+// product and after the last takes as long as kAround more of K. On an H200, 2026-11-28, bf16 out, rank 1, µs of tiles
+// of 192 / 128 / 96 columns:
 //
-//   M      N      K      192 / 128       M      N      K      192 / 128      M    N     K      192 / 128
-//   32768  1152   1152   1182 / 1078     32768  1920   1920   1443 / 1288    512  5120  5120    995 / 859
-//   32768  3456   1152   1349 / 1252     32768  1152   4608   1527 / 1248    512  3072  12288   758 / 1069
-//   32768  4608   1152   1336 / 1250     32768  3072   3072   1486 / 1363
-//   32768  1536   1536   1374 / 1232     16384  12288  3072   1382 / 1297
-//   32768  8960   1536   1292 / 1289     32768  3072   12288  1369 / 1287
-//   32768  5120   5120   1371 / 1311
+//   32768 x  1152 x  1152         66 / 71 / 76     512 x  1152 x  1152      8.5 / 6.4 / 5.6
+//   32768 x  3456 x  1152      199 / 216 / 241     512 x  4608 x  1152      8.9 / 9.0 / 7.9
+//   32768 x  4608 x  1152      254 / 279 / 306     512 x  8960 x  1536   14.8 / 14.9 / 13.1
+//   32768 x  8960 x  1536      660 / 723 / 765     512 x  7680 x  1920   17.5 / 13.1 / 14.5
+//   16384 x  7680 x  1920      346 / 375 / 382     512 x 12288 x  3072   28.5 / 29.7 / 29.2
+//   32768 x  5120 x  5120   1325 / 1357 / 1435     512 x  3072 x 12288   46.5 / 33.4 / 27.3
+//   32768 x  3072 x 12288   1882 / 1882 / 2028     512 x  5120 x  5120   23.4 / 28.6 / 22.5
 //
-// Of 96 columns few rows have more tiles. On an H200, 2026-11-28, µs of 96 / 128 / 192 for 512 rows: 1920 x 1920 7.3, 8.5
-// and 11; 3072 x 3072 10.0, 11.6 and 15; 3072 x 12288 29.5, 34.7 and 48; 5120 x 5120 24, 29 and 24; 7680 x 1920 16, 14
-// and 18; 12288 x 3072 31, 30 and 30.
+// Of 24 such sizes 512 x 5120 x 5120 alone takes more than 1 % longer than with its fastest tile.
 struct WgmmaTileTime {
   int tile, columns, time;
 };
 constexpr WgmmaTileTime kTileTimes[] = {
-    {QVDIT_TILE_WGMMA_128X192, 192, 7}, {QVDIT_TILE_WGMMA_128X128, 128, 5}, {QVDIT_TILE_WGMMA_128X96, 96, 4}};
+    {QVDIT_TILE_WGMMA_128X192, 192, 70}, {QVDIT_TILE_WGMMA_128X128, 128, 50}, {QVDIT_TILE_WGMMA_128X96, 96, 37}};
+constexpr int64_t kAround = 600;
 
 int fastest_wgmma(const qvdit_gemm_args& args) {
   int best = QVDIT_TILE_WGMMA_128X128;
@@ -94,7 +94,7 @@ int fastest_wgmma(const qvdit_gemm_args& args) {
   int64_t least = INT64_MAX;
   const int processors = multiprocessors();
   for (const WgmmaTileTime& each : kTileTimes) {
-    const int64_t time = waves(args, each.columns, processors) * each.time;
+    const int64_t time = (waves(args, each.columns, processors) * args.k_pad + kAround) * each.time;
     if (in_one_segment(args, each.columns) && time < least) best = each.tile, least = time;
   }
   return best;

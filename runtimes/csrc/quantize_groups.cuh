@@ -13,6 +13,9 @@
 // those of the lanes t of the same c. The 8 columns are the group's rows, or, where it has fewer, rows times parts of
 // them. Which of a column's 32 elements the product takes first does not matter.
 //
+// The next rows come while these are computed: to shared memory, or, where alpha leaves no room for them there (four
+// ranks of K = 12288), to registers of a single group a multiprocessor.
+//
 // alpha enters as integers of 32 bits, alpha ≈ q step with |q| <= 2^30, split into four signed bytes; so
 // Σ (x_q - zero) q is exact, and does not depend on the order of its terms. The bytes are 16 rows of the other operand:
 // four ranks of one segment, or one rank of four segments. They are made once a block.
@@ -34,6 +37,11 @@ constexpr int kSlots = 4;                // times digits: rows of the product
 constexpr float kAlphaLevels = 1 << 30;  // of alpha's integers; the top digit is at most 64
 constexpr int kTileBytes = 32 * 16;      // a warp's operand of 16 x 32 bytes, 16 of them a lane's
 constexpr int kMaxGroups = kMaxWarps;    // a block
+constexpr int kUnstagedVectors = 8;      // a thread's, where the next rows wait in registers
+constexpr int kUnstagedRegisters = 160;  // which leave as many warps
+constexpr int kMaxUnstagedWarps = 12;
+constexpr int kMinUnstagedWarps = 8;  // of the one group on a multiprocessor: fewer would wait too long for each other
+static_assert(kMaxUnstagedWarps * 32 * kUnstagedRegisters <= 1 << 16);
 
 // How rows lie in warps.
 struct GroupShape {
@@ -243,12 +251,12 @@ __device__ __forceinline__ void multiply_add(int (&sums)[4], const uint4& a, con
 }
 
 // Bytes of shared memory that a group has for itself.
-__host__ __device__ inline int group_bytes(const GroupShape& shape, int rank, int vectors) {
-  return static_cast<int>(sizeof(GroupShared)) + shape.sum_bytes(rank) + shape.warps * vectors * 32 * 16;
+__host__ __device__ inline int group_bytes(const GroupShape& shape, int rank, int vectors, bool staged) {
+  return static_cast<int>(sizeof(GroupShared)) + shape.sum_bytes(rank) + (staged ? shape.warps * vectors * 32 * 16 : 0);
 }
 
-template <typename In, int kVectors, bool kSymmetric>
-__global__ void __maxnreg__(96)
+template <typename In, int kVectors, bool kSymmetric, bool kStaged>
+__global__ void __maxnreg__(kStaged ? 96 : kUnstagedRegisters)
     quantize_groups_kernel(const __grid_constant__ QuantizeParams params, const __grid_constant__ GroupShape shape) {
   let_next_kernel_start();
   extern __shared__ uint4 dynamic[];  // alpha's digits, and for every group: GroupShared, products, the next rows
@@ -258,8 +266,8 @@ __global__ void __maxnreg__(96)
   const int group = threadIdx.y, warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const GroupThreads threads{shape, group, warp, lane};
   const int row_in_group = threads.row();
-  char* const of_group =
-      reinterpret_cast<char*>(dynamic) + shape.alpha_bytes(rank, kVectors) + group * group_bytes(shape, rank, kVectors);
+  char* const of_group = reinterpret_cast<char*>(dynamic) + shape.alpha_bytes(rank, kVectors) +
+                         group * group_bytes(shape, rank, kVectors, kStaged);
   GroupShared& shared = *reinterpret_cast<GroupShared*>(of_group);
   int* const products = reinterpret_cast<int*>(of_group + sizeof(GroupShared));  // [iteration mod 2][row][rank][digit]
   uint4* const own =
@@ -273,17 +281,21 @@ __global__ void __maxnreg__(96)
   const uint32_t start = (blockIdx.x * blockDim.y + group) * shape.rows();
   const In* const own_x = static_cast<const In*>(args.x) + values.first;
   const uint32_t staging = static_cast<uint32_t>(__cvta_generic_to_shared(own));
-  // The next rows on their way to shared memory: a thread's own vectors, which it alone reads back.
+  uint4 next[kStaged ? 1 : kVectors] = {};
+  // The next rows on their way to where they wait: a thread's own vectors, which it alone reads back.
   const auto fetch = [&](uint32_t first) {
     const In* from = own_x + static_cast<int64_t>(min(first + row_in_group, rows - 1)) * features;
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      if (values.k(v) < features) {
+      if (values.k(v) >= features) continue;
+      if constexpr (kStaged) {
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(staging + v * 512), "l"(from + v * kSegment)
                      : "memory");
+      } else {
+        next[v] = __ldg(reinterpret_cast<const uint4*>(from + v * kSegment));
       }
     }
-    asm volatile("cp.async.commit_group;");
+    if constexpr (kStaged) asm volatile("cp.async.commit_group;");
   };
 
   // What a group's threads summed up, put together by its first warp: one iteration later, so that one meeting serves
@@ -297,7 +309,7 @@ __global__ void __maxnreg__(96)
       sums = make_int4(0, 0, 0, 0);
       if constexpr (!kSymmetric) {
         const int zero = shared.zero[of][in_group];
-        const int (&digit_sum)[kDigits] = alpha.digit_sum[r];
+        const int(&digit_sum)[kDigits] = alpha.digit_sum[r];
         found.x -= zero * digit_sum[0], found.y -= zero * digit_sum[1];
         found.z -= zero * digit_sum[2], found.w -= zero * digit_sum[3];
       }
@@ -331,15 +343,20 @@ __global__ void __maxnreg__(96)
   uint32_t first = start;
 #pragma unroll 1
   for (;; first += step) {
-    asm volatile("cp.async.wait_all;" ::: "memory");
+    if constexpr (kStaged) asm volatile("cp.async.wait_all;" ::: "memory");
     // Else what follows from it is computed once, before the loop, and kept in more registers than there are.
     asm volatile("" : "+r"(values.first));
-    values.read(own, features);
+    if constexpr (kStaged) {
+      values.read(own, features);
+    } else {
+#pragma unroll
+      for (int v = 0; v < kVectors; ++v) values.words[v] = next[v];
+    }
     const bool more = rows - first > step;
     if (more) fetch(first + step);
 
     // Each of a group's warps raises its rows' extremes, as unsigned integers, where NaN is above Inf.
-    uint32_t (&extremes)[2][kColumns] = shared.range[turn];
+    uint32_t(&extremes)[2][kColumns] = shared.range[turn];
     float highest = 0.f, lowest = 0.f;
     range_of_halves<In, kSymmetric>(values.words, highest, lowest);
     highest = threads.warp_max(highest);
@@ -422,17 +439,18 @@ struct GroupPlan {
   GroupShape shape = {};
 };
 
-inline GroupPlan plan_groups(int64_t k_pad, int rank, int shared_limit) {
+inline GroupPlan plan_groups(int64_t k_pad, int rank, bool staged, int shared_limit) {
   GroupPlan best;
   int64_t least = 0;
   for (int log2_rows = 3; log2_rows >= 1; --log2_rows) {
     const int64_t elements = kSegment * (kColumns >> log2_rows);  // of a warp's vectors in one row
     for (int vectors : {10, 9, 8}) {
+      if (!staged && vectors != kUnstagedVectors) continue;
       const int64_t warps = (k_pad + elements * vectors - 1) / (elements * vectors);
       const GroupShape shape{log2_rows, static_cast<int>(warps)};
-      if (warps > kMaxWarps || shape.alpha_bytes(rank, vectors) + group_bytes(shape, rank, vectors) > shared_limit) {
-        continue;
-      }
+      const int shared = shape.alpha_bytes(rank, vectors) + group_bytes(shape, rank, vectors, staged);
+      const bool suits = staged ? warps <= kMaxWarps : warps >= kMinUnstagedWarps && warps <= kMaxUnstagedWarps;
+      if (!suits || shared > shared_limit) continue;
       // Where alpha takes most of what there is, few groups fit, and their warps are all that hide each other's
       // waiting.
       const bool alone = 2 * shape.alpha_bytes(rank, vectors) > shared_limit;
@@ -447,13 +465,13 @@ inline GroupPlan plan_groups(int64_t k_pad, int rank, int shared_limit) {
 // possible run on a multiprocessor at once; 0 where CUDA does not tell. staging: bytes of a group.
 int groups_a_block(const void* kernel, int warps, int most_groups, int staging, int alpha);
 
-template <typename In, int kVectors, bool kSymmetric>
+template <typename In, int kVectors, bool kSymmetric, bool kStaged>
 int32_t launch_groups(const QuantizeParams& params, const GroupShape& shape, cudaStream_t stream) {
   constexpr int64_t kBlocksWanted = 2 * 132;  // as many rows a block as leave these
-  const auto kernel = quantize_groups_kernel<In, kVectors, kSymmetric>;
+  const auto kernel = quantize_groups_kernel<In, kVectors, kSymmetric, kStaged>;
   const auto entry = reinterpret_cast<const void*>(kernel);
   const int rank = static_cast<int>(params.args.rank), rows = shape.rows();
-  const int alpha = shape.alpha_bytes(rank, kVectors), own = group_bytes(shape, rank, kVectors);
+  const int alpha = shape.alpha_bytes(rank, kVectors), own = group_bytes(shape, rank, kVectors, kStaged);
   const int most = static_cast<int>(std::clamp<int64_t>(params.args.m / (rows * kBlocksWanted), 1, kMaxGroups));
   const int groups = std::max(groups_a_block(entry, shape.warps, most, own, alpha), 1), shared = groups * own + alpha;
   int resident = 0;
@@ -467,21 +485,25 @@ int32_t launch_groups(const QuantizeParams& params, const GroupShape& shape, cud
   return launched("quantize_rows");
 }
 
-template <typename In, int kVectors>
+template <typename In, int kVectors, bool kStaged = true>
 int32_t launch_groups(const QuantizeParams& params, const GroupShape& shape, cudaStream_t stream) {
-  return params.args.symmetric ? launch_groups<In, kVectors, true>(params, shape, stream)
-                               : launch_groups<In, kVectors, false>(params, shape, stream);
+  return params.args.symmetric ? launch_groups<In, kVectors, true, kStaged>(params, shape, stream)
+                               : launch_groups<In, kVectors, false, kStaged>(params, shape, stream);
 }
 
 // fits: whether the low-rank term does; nothing was started where it does not.
 template <typename In>
 int32_t launch_groups(const QuantizeParams& params, bool& fits, cudaStream_t stream) {
-  const int limit = dynamic_shared_limit(reinterpret_cast<const void*>(quantize_groups_kernel<In, 8, true>));
-  const GroupPlan plan = plan_groups(params.k_pad, static_cast<int>(params.args.rank), limit);
+  const int limit = dynamic_shared_limit(reinterpret_cast<const void*>(quantize_groups_kernel<In, 8, true, true>));
+  const int rank = static_cast<int>(params.args.rank);
+  const GroupPlan plan = plan_groups(params.k_pad, rank, true, limit);
   fits = plan.vectors > 0;
   switch (plan.vectors) {
-    case 0:
-      return QVDIT_OK;
+    case 0: {
+      const GroupPlan unstaged = plan_groups(params.k_pad, rank, false, limit);
+      fits = unstaged.vectors > 0;
+      return fits ? launch_groups<In, kUnstagedVectors, false>(params, unstaged.shape, stream) : QVDIT_OK;
+    }
     case 8:
       return launch_groups<In, 8>(params, plan.shape, stream);
     case 9:

@@ -72,7 +72,7 @@ __global__ void __maxnreg__(half_registers(kVectors, kLowRank))
   };
 
   // What a row's threads found, put together by its first warp: one iteration later, so that one barrier serves both.
-  const auto finish = [&](uint32_t row, float scale, float stored_zero, int of) {
+  const auto finish = [&](uint32_t row, float scale, float stored_zero, float gain, int of) {
     if (warp != 0 || lane != 0 || row >= rows) return;
     args.scale[row] = scale;
     if (args.zero) args.zero[row] = static_cast<int>(stored_zero);
@@ -80,9 +80,7 @@ __global__ void __maxnreg__(half_registers(kVectors, kLowRank))
       float dot = 0.f;
 #pragma unroll 1
       for (int w = 0; w < warps; ++w) dot += partial_u[of][first_warp + w];
-      float u = scale * dot;
-      if (args.frame_gain) u *= __ldg(args.frame_gain + params.frames.remainder(params.tokens.quotient(row)));
-      args.u[row] = u;
+      args.u[row] = scale * dot * gain;
     }
     if (args.row_sum) {
       int total = -features * static_cast<int>(stored_zero);
@@ -94,7 +92,7 @@ __global__ void __maxnreg__(half_registers(kVectors, kLowRank))
 
   uint32_t row = blockIdx.x * blockDim.y + threadIdx.y, last_row = 0;
   const uint32_t block_first = blockIdx.x * blockDim.y;
-  float last_scale = 0.f, last_zero = 0.f;
+  float last_scale = 0.f, last_zero = 0.f, last_gain = 1.f;
   int parity = 0;
   fetch(row);
   if constexpr (kLowRank) {
@@ -103,13 +101,22 @@ __global__ void __maxnreg__(half_registers(kVectors, kLowRank))
       for (int v = 0; v < kVectors; ++v) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const float* from = args.alpha + k(v) + 4 * half;
-          alpha[v * 64 + half * 32] =
-              k(v) < features ? __ldg(reinterpret_cast<const float4*>(from)) : make_float4(0.f, 0.f, 0.f, 0.f);
+          float4* const to = alpha + v * 64 + half * 32;
+          if (k(v) < features) {
+            asm volatile(
+                "cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+                "l"(args.alpha + k(v) + 4 * half)
+                : "memory");
+          } else {
+            *to = make_float4(0.f, 0.f, 0.f, 0.f);
+          }
         }
       }
     }
-    __syncthreads();
+    if (warps == 1) {  // else the first row's own barrier comes before alpha is read
+      asm volatile("cp.async.wait_all;" ::: "memory");
+      __syncthreads();
+    }
   }
 #pragma unroll 1
   for (uint32_t at = block_first; at < rows; at += step, row += step) {
@@ -140,8 +147,13 @@ __global__ void __maxnreg__(half_registers(kVectors, kLowRank))
     } else {
       __syncwarp();
     }
-    if (at != block_first) finish(last_row, last_scale, last_zero, parity ^ 1);
+    if (at != block_first) finish(last_row, last_scale, last_zero, last_gain, parity ^ 1);
     last_row = row;
+    if constexpr (kLowRank) {  // now, so that it is there when the row is finished
+      if (args.frame_gain && warp == 0 && lane == 0) {
+        last_gain = __ldg(args.frame_gain + params.frames.remainder(params.tokens.quotient(min(row, rows - 1))));
+      }
+    }
 
     const RowGrid grid = RowGrid::of<kSymmetric>(range[kSides - 1], range[0], params.levels);
     last_scale = grid.scale, last_zero = kSymmetric ? 0.f : grid.zero - 128.f;
@@ -194,7 +206,7 @@ __global__ void __maxnreg__(half_registers(kVectors, kLowRank))
   } else {
     __syncwarp();
   }
-  if (block_first < rows) finish(last_row, last_scale, last_zero, parity ^ 1);
+  if (block_first < rows) finish(last_row, last_scale, last_zero, last_gain, parity ^ 1);
 }
 
 template <typename In, int kVectors, bool kSymmetric, bool kLowRank>

@@ -15,17 +15,21 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "dependent_launch.cuh"
 #include "error.h"
 #include "round_quotient.h"
 
 namespace qvdit {
 
-constexpr int kVector = 8;     // elements a thread takes at once: 16 bytes of fp16
+constexpr int kVector = 8;     // elements that a thread has for every 256 of its warp
+constexpr int kQuad = 4;       // of them beside each other in a row: 16 bytes of float32
 constexpr int kMaxWarps = 16;  // a row
 constexpr int kMaxRank = 32;
 
-// Warps a row may have where a thread has so many vectors: five need more registers than 16 warps leave.
+// Warps a row may have where a thread has so many vectors: of five, 16 would need more shared memory than every device
+// has, in quantize_halves.cuh.
 constexpr int max_warps(int vectors) { return vectors > 4 ? 12 : kMaxWarps; }
 
 constexpr int kRotatedVectors = 4;                            // a thread's, where inputs are rotated
@@ -91,23 +95,11 @@ struct Halves<__nv_bfloat16> {
   }
 };
 
-// Eight elements from row[k] on; those from K on are 0.
-template <bool kVectorized, typename In>
-__device__ __forceinline__ void load_vector(const In* row, int k, int features, float (&out)[kVector]) {
-  if constexpr (kVectorized) {
-    constexpr int kWords = kVector * sizeof(In) / sizeof(uint4);
-    uint4 words[kWords] = {};
-    if (k < features) {
-#pragma unroll
-      for (int i = 0; i < kWords; ++i) words[i] = __ldg(reinterpret_cast<const uint4*>(row + k) + i);
-    }
-    const In* elements = reinterpret_cast<const In*>(words);
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) out[i] = to_float(elements[i]);
-  } else {
-#pragma unroll
-    for (int i = 0; i < kVector; ++i) out[i] = k + i < features ? to_float(row[k + i]) : 0.f;
-  }
+// Sums and maxima of a thread's elements go in so many chains, or each operation would wait for the last.
+constexpr int kChains = 4;
+
+__device__ __forceinline__ float total(const float (&sums)[kChains]) {
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
 // Reductions over one row's threads, the result in all of them. Every thread of the block must come along.
@@ -118,25 +110,36 @@ struct RowThreads {
   int first;                    // the row's first warp within the block
   float (*partial)[kMaxWarps];  // [reductions so far][warp]: a place is written once, so one barrier each
 
-  // The sum, if kSum, else the maximum, NaN where any value is NaN.
-  template <bool kSum>
-  __device__ __forceinline__ float reduce(float value) {
+  __device__ __forceinline__ float sum(float value) {
 #pragma unroll
-    for (int step = 16; step > 0; step /= 2) {
-      value = combine<kSum>(value, __shfl_xor_sync(0xffffffffu, value, step));
-    }
+    for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
     if (warps == 1) return value;
-    if (lane == 0) (*partial)[first + warp] = value;
-    __syncthreads();
-    value = (*partial)[first];
-    for (int w = 1; w < warps; ++w) value = combine<kSum>(value, (*partial)[first + w]);
+    share(value);
+    value = 0.f;
+#pragma unroll 1
+    for (int w = 0; w < warps; ++w) value += (*partial)[first + w];
     ++partial;
     return value;
   }
 
-  template <bool kSum>
-  static __device__ __forceinline__ float combine(float a, float b) {
-    return kSum ? a + b : max_nan(a, b);
+  // The maximum of values that are not below 0, NaN where any is NaN. Such numbers are ordered as their bits are, and
+  // NaN, as max_nan returns it, is above them all.
+  __device__ __forceinline__ float maximum(float value) {
+    value = warp_maximum(value);
+    if (warps == 1) return value;
+    share(value);
+    value = warp_maximum((*partial)[first + min(lane, warps - 1)]);
+    ++partial;
+    return value;
+  }
+
+  __device__ __forceinline__ void share(float value) {
+    if (lane == 0) (*partial)[first + warp] = value;
+    __syncthreads();
+  }
+
+  static __device__ __forceinline__ float warp_maximum(float value) {
+    return __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(value)));
   }
 
   static __device__ __forceinline__ float max_nan(float a, float b) {
@@ -144,10 +147,24 @@ struct RowThreads {
     asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
     return c;
   }
+
+  static __device__ __forceinline__ float max_nan(const float (&of)[kChains]) {
+    return max_nan(max_nan(of[0], of[1]), max_nan(of[2], of[3]));
+  }
 };
 
-// A row's elements as a thread holds them: vector v is at k(v) … k(v) + 7, 0 from K on. A warp's are beside each other:
-// 32 vectors of 8 elements, kVectors times.
+// An address as the compiler should keep it: at constant distances from it are all that a thread reads or writes of a
+// row. Left to itself it computes each of them anew, in 64 bits, under the condition that guards its use.
+template <typename T>
+__device__ __forceinline__ T* one_address(T* address) {
+  asm("" : "+l"(address));
+  __builtin_assume(__isGlobal(address));
+  return address;
+}
+
+// A row's elements as a thread holds them, 0 from K on. A warp has kVectors times 256 beside each other, and its lanes
+// have four beside each other of either half: so every load of a warp, be it of float32 or of 16-bit numbers, is of one
+// piece of memory.
 template <int kVectors_, bool kVectorized_>
 struct RowValues {
   static constexpr int kVectors = kVectors_;
@@ -155,30 +172,68 @@ struct RowValues {
 
   float x[kVectors][kVector];
   uint32_t row;
-  int first;  // k(0)
+  int first;  // k(0, 0)
+  int rest;   // K - first
 
-  __device__ __forceinline__ int k(int v) const { return first + v * 32 * kVector; }
+  static __device__ constexpr int distance(int v, int i) {
+    return v * (32 * kVector) + i / kQuad * (32 * kQuad) + i % kQuad;
+  }
+  // Where x[v][i] is in its row.
+  __device__ __forceinline__ int k(int v, int i) const { return first + distance(v, i); }
+  // Whether it is one of the K; of a quad all are or none, where rows are vectorized.
+  __device__ __forceinline__ bool inside(int v, int i) const { return distance(v, i) < rest; }
+
+  // body(v, i, values …) for this thread's elements, but those from K on, with the values of arrays of K.
+  template <typename Body, typename... Arrays>
+  __device__ __forceinline__ void with(Body&& body, const Arrays*... arrays) const {
+    visit(body, one_address(arrays + first)...);
+  }
+
+ private:
+  template <typename Body, typename... Arrays>
+  __device__ __forceinline__ void visit(Body& body, const Arrays*... own) const {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+      for (int i = 0; i < kVector; i += kVectorized ? kQuad : 1) {
+        if (!inside(v, i)) continue;
+        if constexpr (kVectorized) {
+          visit_quad(v, i, body, __ldg(reinterpret_cast<const float4*>(own + distance(v, i)))...);
+        } else {
+          body(v, i, __ldg(own + distance(v, i))...);
+        }
+      }
+    }
+  }
+
+  template <typename Body, typename... Quads>
+  static __device__ __forceinline__ void visit_quad(int v, int i, Body& body, Quads... quads) {
+    body(v, i, quads.x...), body(v, i + 1, quads.y...), body(v, i + 2, quads.z...), body(v, i + 3, quads.w...);
+  }
 };
 
-// FWHT of blocks of features, the butterfly of qvdit/method/operator.py to the bit: pairs (a, b) that lie h = 1, 2, 4
-// apart are in one thread's vector, 8 … 128 in two lanes, 256 and 512 in two vectors of a thread.
+// FWHT of blocks of features, the butterfly of qvdit/method/operator.py to the bit: pairs (a, b) that lie h = 1, 2
+// apart are in one quad, 4 … 64 in two lanes, 128 in a thread's two quads, 256 and 512 in two of its vectors.
 template <typename Values>
 __device__ __forceinline__ void walsh_hadamard(Values& values, int block, int lane) {
   static_assert(Values::kVectors == kRotatedVectors, "a warp must hold whole blocks");
-#pragma unroll
-  for (int h = 1; h < kVector; h *= 2) {
-    if (h >= block) return;
+  const auto within_vectors = [&](int apart) {
 #pragma unroll
     for (int v = 0; v < kRotatedVectors; ++v) {
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
-        if (!(i & h)) add_and_subtract(values.x[v][i], values.x[v][i + h]);
+        if (!(i & apart)) add_and_subtract(values.x[v][i], values.x[v][i + apart]);
       }
     }
+  };
+#pragma unroll
+  for (int apart = 1; apart < kQuad; apart *= 2) {
+    if (apart >= block) return;
+    within_vectors(apart);
   }
 #pragma unroll
   for (int apart = 1; apart < 32; apart *= 2) {
-    if (apart * kVector >= block) return;
+    if (apart * kQuad >= block) return;
 #pragma unroll
     for (int v = 0; v < kRotatedVectors; ++v) {
 #pragma unroll
@@ -188,6 +243,8 @@ __device__ __forceinline__ void walsh_hadamard(Values& values, int block, int la
       }
     }
   }
+  if (32 * kQuad >= block) return;
+  within_vectors(kQuad);
 #pragma unroll
   for (int apart = 1; apart < kRotatedVectors; apart *= 2) {
     if (apart * 32 * kVector >= block) return;
@@ -201,24 +258,13 @@ __device__ __forceinline__ void walsh_hadamard(Values& values, int block, int la
   }
 }
 
-// What happens to x before quantization. Each leaves the elements from K on 0. registers: that a thread of so many
-// vectors should have, by times on an H200 that is kept hot (2026-11-28, µs, 32768 rows, rank 1; with 64 | 80 | 96).
-// Some bytes are then spilled, mostly of what is the same for all rows; with registers for them fewer warps run, and
-// GELU of K = 4608 takes 307.
-//
-//   LayerNorm, K = 1152, float32    162 | 137 | 117     LayerNorm, K = 3072, bf16      226 | 223 |
-//   LayerNorm, K = 1536, float32    155 | 157 | 170     GELU, K = 4608, bf16           268 | 256 | 275
-//   LayerNorm, K = 5120, bf16           | 391 | 381     GELU, K = 8960, bf16           519 | 510 | 583
+// What happens to x before quantization. Each leaves the elements from K on 0.
 struct Plain {
-  static constexpr int registers(int vectors) { return vectors == 3 ? 64 : 80; }
-
   template <typename Values>
   static __device__ __forceinline__ void apply(Values&, RowThreads&, const QuantizeParams&) {}
 };
 
 struct Gelu {
-  static constexpr int registers(int vectors) { return vectors == 3 ? 64 : 80; }
-
   // 0.5 x (1 + tanh u) = x / (1 + 2^e), e = -2 u / ln 2, u = √(2/π) (x + 0.044715 x³)
   template <typename Values>
   static __device__ __forceinline__ void apply(Values& values, RowThreads&, const QuantizeParams&) {
@@ -238,47 +284,45 @@ struct Gelu {
 };
 
 struct LayerNormModulate {
-  static constexpr int registers(int vectors) { return vectors == 3 ? 64 : vectors == 4 ? 80 : 96; }
-
   // Two passes over the registers: the variance is that of x - mean, so it never cancels.
   template <typename Values>
   static __device__ __forceinline__ void apply(Values& values, RowThreads& threads, const QuantizeParams& params) {
     const qvdit_quantize_args& args = params.args;
-    const int features = static_cast<int>(args.k);
     const float per_feature = 1.f / static_cast<float>(args.k);
-    float sum = 0.f;
+    float sums[kChains] = {}, squares[kChains] = {};
 #pragma unroll
     for (int v = 0; v < Values::kVectors; ++v) {
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) sum += values.x[v][i];
+      for (int i = 0; i < kVector; ++i) sums[i % kChains] += values.x[v][i];
     }
-    const float mean = threads.reduce<true>(sum) * per_feature;
-    float squares = 0.f;
+    const float mean = threads.sum(total(sums)) * per_feature;
 #pragma unroll
     for (int v = 0; v < Values::kVectors; ++v) {
 #pragma unroll
       for (int i = 0; i < kVector; ++i) {
-        const bool inside = values.k(v) + (Values::kVectorized ? 0 : i) < features;
-        const float centred = inside ? values.x[v][i] - mean : 0.f;
-        squares += centred * centred;
-        values.x[v][i] = centred;
+        values.x[v][i] -= values.inside(v, Values::kVectorized ? i / kQuad * kQuad : i) ? mean : 0.f;
+        squares[i % kChains] += values.x[v][i] * values.x[v][i];
       }
     }
-    const float deviation = rsqrtf(threads.reduce<true>(squares) * per_feature + args.epsilon);
+    const float deviation = rsqrtf(threads.sum(total(squares)) * per_feature + args.epsilon);
     const int64_t modulation = params.modulated.quotient(values.row) * args.modulation_stride;
+    const float* const scales = args.modulation_scale + modulation;
+    const float* const shifts = args.modulation_shift + modulation;
+    if (args.modulation_scale && args.modulation_shift) {
+      values.with([&](int v, int i, float scale,
+                      float shift) { values.x[v][i] = fmaf(values.x[v][i], fmaf(deviation, scale, deviation), shift); },
+                  scales, shifts);
+      return;
+    }
 #pragma unroll
     for (int v = 0; v < Values::kVectors; ++v) {
-      float scale[kVector] = {}, shift[kVector] = {};
-      if (args.modulation_scale) {
-        load_vector<Values::kVectorized>(args.modulation_scale + modulation, values.k(v), features, scale);
-      }
-      if (args.modulation_shift) {
-        load_vector<Values::kVectorized>(args.modulation_shift + modulation, values.k(v), features, shift);
-      }
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) {
-        values.x[v][i] = values.x[v][i] * deviation * (1.f + scale[i]) + shift[i];
-      }
+      for (int i = 0; i < kVector; ++i) values.x[v][i] *= deviation;
+    }
+    if (args.modulation_scale) {
+      values.with([&](int v, int i, float scale) { values.x[v][i] *= 1.f + scale; }, scales);
+    } else if (args.modulation_shift) {
+      values.with([&](int v, int i, float shift) { values.x[v][i] += shift; }, shifts);
     }
   }
 };
@@ -321,7 +365,7 @@ __device__ __forceinline__ void range_of_halves(const uint4 (&words)[kVectors], 
   Two& low = reinterpret_cast<Two&>(least);
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
-    const uint32_t (&pairs)[4] = reinterpret_cast<const uint32_t (&)[4]>(words[v]);
+    const uint32_t(&pairs)[4] = reinterpret_cast<const uint32_t(&)[4]>(words[v]);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const Two pair = reinterpret_cast<const Two&>(pairs[j]);
@@ -340,7 +384,7 @@ __device__ __forceinline__ void range_of_halves(const uint4 (&words)[kVectors], 
 // The integers of eight such elements, as kRounder + x_q - zero.
 template <typename In, bool kSymmetric>
 __device__ __forceinline__ void integers_of_halves(const uint4& words, const RowGrid& grid, float (&q)[kVector]) {
-  const uint32_t (&pairs)[4] = reinterpret_cast<const uint32_t (&)[4]>(words);
+  const uint32_t(&pairs)[4] = reinterpret_cast<const uint32_t(&)[4]>(words);
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     const float2 pair = Halves<In>::floats(pairs[j]);
@@ -374,49 +418,72 @@ __device__ void store_transformed(const Values& values, const qvdit_quantize_arg
   for (int v = 0; v < Values::kVectors; ++v) {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      const int k = values.k(v) + i;
-      if (k < args.k) args.transformed[static_cast<int64_t>(values.row) * args.k + k] = values.x[v][i];
+      if (values.inside(v, i)) {
+        args.transformed[static_cast<int64_t>(values.row) * args.k + values.k(v, i)] = values.x[v][i];
+      }
     }
   }
 }
 
-// The next row on its way to shared memory while this one is computed: a thread's own vectors, which it alone reads
-// back, so that nobody waits for anybody. Vector v of the block's thread t is at [v · threads of the block + t].
+// The next row on its way to shared memory while this one is computed: a warp's own elements, in their order, which its
+// lanes fetch 16 bytes at a time and read back a quad at a time.
 template <typename In, int kVectors>
 struct StagedRow {
-  static constexpr int kChunks = kVector * static_cast<int>(sizeof(In)) / 16;  // of a vector
-  uint4* own;
-  int step;  // threads of the block
+  static constexpr int kPieces = kVectors * kVector * static_cast<int>(sizeof(In)) / 16;  // a lane's
+  static constexpr int kPiece = 16 / static_cast<int>(sizeof(In));                        // elements
+  using Quad = std::conditional_t<sizeof(In) == 2, uint2, uint4>;
 
-  template <typename Values>
-  __device__ __forceinline__ void fetch(const In* row, const Values& values, int features) const {
+  uint4* own;         // of a lane: kPieces, 32 apart
+  const Quad* quads;  // as it reads them, 32 apart
+  int first, rest;    // the lane's first element in its row; K - first
+
+  __device__ StagedRow(uint4* of_warp, int first_of_warp, int lane, int features)
+      : own(of_warp + lane),
+        quads(reinterpret_cast<const Quad*>(of_warp) + lane),
+        first(first_of_warp + lane * kPiece),
+        rest(features - first) {}
+
+  // What is past the features is never fetched: it is 0 once and for all.
+  __device__ __forceinline__ void clear_rest() const {
 #pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      if (values.k(v) >= features) continue;
+    for (int p = 0; p < kPieces; ++p) {
+      if (!inside(p)) own[p * 32] = make_uint4(0, 0, 0, 0);
+    }
+  }
+
+  __device__ __forceinline__ bool inside(int piece) const { return piece * (32 * kPiece) < rest; }
+
+  __device__ __forceinline__ void fetch(const In* row) {
+    asm volatile("" : "+r"(rest));  // else whether pieces are inside is found once and kept, bit by bit
+    const In* const from = one_address(row + first);
+    const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(own));
 #pragma unroll
-      for (int i = 0; i < kChunks; ++i) {
-        const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(own + (v * kChunks + i) * step));
-        const In* from = row + values.k(v) + i * (kVector / kChunks);
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-      }
+    for (int p = 0; p < kPieces; ++p) {
+      if (!inside(p)) continue;
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + p * 512), "l"(from + p * (32 * kPiece))
+                   : "memory");
     }
     asm volatile("cp.async.commit_group;");
   }
 
-  template <typename Values>
-  __device__ __forceinline__ void read(Values& values, int features) const {
+  __device__ __forceinline__ void read(float (&x)[kVectors][kVector]) const {
     asm volatile("cp.async.wait_all;" ::: "memory");
+    __syncwarp();
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      uint4 words[kChunks] = {};
-      if (values.k(v) < features) {
 #pragma unroll
-        for (int i = 0; i < kChunks; ++i) words[i] = own[(v * kChunks + i) * step];
+      for (int i = 0; i < kVector; i += kQuad) {
+        const Quad quad = quads[(v * kVector + i) / kQuad * 32];
+        if constexpr (sizeof(In) == 2) {
+          const float2 low = Halves<In>::floats(quad.x), high = Halves<In>::floats(quad.y);
+          x[v][i] = low.x, x[v][i + 1] = low.y, x[v][i + 2] = high.x, x[v][i + 3] = high.y;
+        } else {
+          x[v][i] = __uint_as_float(quad.x), x[v][i + 1] = __uint_as_float(quad.y);
+          x[v][i + 2] = __uint_as_float(quad.z), x[v][i + 3] = __uint_as_float(quad.w);
+        }
       }
-      const In* elements = reinterpret_cast<const In*>(words);
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) values.x[v][i] = to_float(elements[i]);
     }
+    __syncwarp();
   }
 };
 
@@ -425,36 +492,35 @@ template <typename Prologue, bool kSymmetric, typename Values>
 __device__ __forceinline__ void quantize_row(Values& values, RowThreads threads, const QuantizeParams& params,
                                              bool stores, float (*partial_u)[kMaxRank], int* partial_sum) {
   constexpr int kVectors = Values::kVectors;
-  constexpr bool kVectorized = Values::kVectorized;
   const qvdit_quantize_args& args = params.args;
   const int features = static_cast<int>(args.k), warps = threads.warps, warp = threads.warp, lane = threads.lane;
+  const int padded_rest = static_cast<int>(params.k_pad) - values.first;
   const uint32_t row = values.row;
   Prologue::apply(values, threads, params);
   if (args.inv_smooth) {
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      float inv_smooth[kVector];
-      load_vector<kVectorized>(args.inv_smooth, values.k(v), features, inv_smooth);
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) values.x[v][i] = __fmul_rn(values.x[v][i], inv_smooth[i]);
-    }
+    values.with([&](int v, int i, float inv_smooth) { values.x[v][i] = __fmul_rn(values.x[v][i], inv_smooth); },
+                args.inv_smooth);
   }
   if constexpr (kVectors == kRotatedVectors) {
     if (args.rotation > 1) walsh_hadamard(values, static_cast<int>(args.rotation), lane);
   }
   if (args.transformed && stores) store_transformed(values, args);
 
-  float lowest = 0.f, highest = 0.f;
+  float highests[kChains] = {}, lowests[kChains] = {};
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
+      float& highest = highests[i % kChains];
       highest = RowThreads::max_nan(highest, kSymmetric ? fabsf(values.x[v][i]) : values.x[v][i]);
-      if constexpr (!kSymmetric) lowest = RowThreads::max_nan(lowest, -values.x[v][i]);
+      if constexpr (!kSymmetric) {
+        float& lowest = lowests[i % kChains];
+        lowest = RowThreads::max_nan(lowest, -values.x[v][i]);
+      }
     }
   }
-  highest = threads.template reduce<false>(highest);
-  if constexpr (!kSymmetric) lowest = threads.template reduce<false>(lowest);
+  const float highest = threads.maximum(RowThreads::max_nan(highests));
+  const float lowest = kSymmetric ? 0.f : threads.maximum(RowThreads::max_nan(lowests));
   const RowGrid grid = RowGrid::of<kSymmetric>(lowest, highest, params.levels);
   if (grid.divisor == 0.f) {  // no integers: neither from NaN nor from Inf
 #pragma unroll
@@ -464,30 +530,37 @@ __device__ __forceinline__ void quantize_row(Values& values, RowThreads threads,
     }
   }
 
-  int8_t* x_q = args.x_q + static_cast<int64_t>(row) * params.k_pad;
+  const int rank = static_cast<int>(args.rank);
+  float gain = 1.f;  // of rank lane; loaded now, so that it is there at the end
+  if (args.frame_gain && warp == 0 && lane < rank) {
+    const uint32_t frame = params.frames.remainder(params.tokens.quotient(row));
+    gain = __ldg(args.frame_gain + params.ranks.quotient(lane) * static_cast<uint32_t>(args.frames) + frame);
+  }
+
+  int8_t* const x_q = one_address(args.x_q + static_cast<int64_t>(row) * params.k_pad + values.first);
   const float stored_zero = kSymmetric ? 0.f : grid.zero - 128.f;
   const uint32_t zero_bytes = (static_cast<uint32_t>(static_cast<int>(stored_zero)) & 0xff) * 0x01010101u;
   int sum = 0;  // of what is stored
 #pragma unroll
   for (int v = 0; v < kVectors; ++v) {
-    float (&centred)[kVector] = values.x[v];  // from here on kRounder + x_q - zero
+    float(&centred)[kVector] = values.x[v];  // from here on kRounder + x_q - zero
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
       centred[i] = rounder_plus_quotient(centred[i], grid.divisor, grid.reciprocal);
       if constexpr (!kSymmetric) centred[i] = fminf(centred[i], kRounder + grid.highest);
     }
-    uint2 bytes = {pack_bytes(centred[0], centred[1], centred[2], centred[3]),
-                   pack_bytes(centred[4], centred[5], centred[6], centred[7])};
-    if constexpr (!kSymmetric) {  // where symmetric, what lies past the features is 0 already
-      bytes.x = __vadd4(bytes.x, zero_bytes), bytes.y = __vadd4(bytes.y, zero_bytes);
-      const int inside = features - values.k(v);
-      bytes.x &= first_bytes(inside), bytes.y &= first_bytes(inside - 4);
+#pragma unroll
+    for (int i = 0; i < kVector; i += kQuad) {
+      uint32_t bytes = pack_bytes(centred[i], centred[i + 1], centred[i + 2], centred[i + 3]);
+      if constexpr (!kSymmetric) {  // where symmetric, what lies past the features is 0 already
+        bytes = __vadd4(bytes, zero_bytes) & first_bytes(values.rest - Values::distance(v, i));
+      }
+      if (args.row_sum) sum = __dp4a(static_cast<int>(bytes), 0x01010101, sum);
+      if (stores && Values::distance(v, i) < padded_rest)
+        *reinterpret_cast<uint32_t*>(x_q + Values::distance(v, i)) = bytes;
     }
-    sum = __dp4a(static_cast<int>(bytes.x), 0x01010101, __dp4a(static_cast<int>(bytes.y), 0x01010101, sum));
-    if (stores && values.k(v) < params.k_pad) *reinterpret_cast<uint2*>(x_q + values.k(v)) = bytes;
   }
 
-  const int rank = static_cast<int>(args.rank);
   if (rank > 0) {
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
@@ -497,19 +570,14 @@ __device__ __forceinline__ void quantize_row(Values& values, RowThreads threads,
   }
 #pragma unroll 1
   for (int r = 0; r < rank; ++r) {
-    float dot = 0.f;
-#pragma unroll
-    for (int v = 0; v < kVectors; ++v) {
-      float alpha[kVector];
-      load_vector<kVectorized>(args.alpha + static_cast<int64_t>(r) * args.k, values.k(v), features, alpha);
-#pragma unroll
-      for (int i = 0; i < kVector; ++i) dot += values.x[v][i] * alpha[i];
-    }
-    dot = warp_sum(dot);
+    float dots[kChains] = {};
+    values.with([&](int v, int i, float alpha) { dots[i % kChains] += values.x[v][i] * alpha; },
+                args.alpha + static_cast<int64_t>(r) * args.k);
+    const float dot = warp_sum(total(dots));
     if (lane == 0) partial_u[threads.first + warp][r] = dot;
   }
   if (args.row_sum) {
-    sum = warp_sum(sum);
+    sum = __reduce_add_sync(0xffffffffu, sum);
     if (lane == 0) partial_sum[threads.first + warp] = sum;
   }
   if (warps > 1) {
@@ -522,12 +590,7 @@ __device__ __forceinline__ void quantize_row(Values& values, RowThreads threads,
   if (lane < rank) {
     float dot = 0.f;
     for (int w = 0; w < warps; ++w) dot += partial_u[threads.first + w][lane];
-    float u = grid.scale * dot;
-    if (args.frame_gain) {
-      const uint32_t frame = params.frames.remainder(params.tokens.quotient(row));
-      u *= __ldg(args.frame_gain + params.ranks.quotient(lane) * static_cast<uint32_t>(args.frames) + frame);
-    }
-    args.u[static_cast<int64_t>(lane) * args.m + row] = u;
+    args.u[static_cast<int64_t>(lane) * args.m + row] = grid.scale * dot * gain;
   }
   if (lane == 0) {
     args.scale[row] = grid.scale;
@@ -540,10 +603,19 @@ __device__ __forceinline__ void quantize_row(Values& values, RowThreads threads,
   }
 }
 
+// Registers that a thread of so many vectors has: with fewer more warps run, but some bytes are spilled. On an H200,
+// 2026-11-28, µs of 32768 rows at rank 1, three vectors with 56 registers, 64; four with 80; five with
+// 80, 96:
+//
+//   LayerNorm, K = 1152, float32    93,   - |  88 |  83,  61    LayerNorm, K = 5120, bf16   307,   - | 249 | 251, 229
+//   LayerNorm, K = 1536, float32   114,  86 |  91 | 130, 102    GELU, K = 4608, bf16        173,   - | 180 | 178, 174
+//   LayerNorm, K = 3072, float32   224, 174 | 162 | 237, 179    GELU, K = 12288, bf16       474, 459 | 437 | 504, 457
+constexpr int registers(int vectors) { return 16 + 16 * vectors; }
+
 // A block takes every gridDim.x-th group of rows. What it shares is written again only after a barrier that comes after
 // the last reading of it: each row's first reduction (or warp) for partial_u, its end for the reductions' places.
 template <typename In, typename Prologue, int kVectors, bool kVectorized, bool kSymmetric>
-__global__ void __maxnreg__(kVectorized ? Prologue::registers(kVectors) : 128)
+__global__ void __maxnreg__(kVectorized ? registers(kVectors) : 128)
     quantize_rows_kernel(const __grid_constant__ QuantizeParams params) {
   let_next_kernel_start();
   extern __shared__ uint4 staging[];
@@ -555,7 +627,9 @@ __global__ void __maxnreg__(kVectorized ? Prologue::registers(kVectors) : 128)
   const RowThreads threads{warps, static_cast<int>(threadIdx.x) / 32, static_cast<int>(threadIdx.x) % 32,
                            static_cast<int>(threadIdx.y) * warps, partial};
   RowValues<kVectors, kVectorized> values;
-  values.first = (threads.warp * kVectors * 32 + threads.lane) * kVector;
+  const int first_of_warp = threads.warp * (kVectors * 32 * kVector);
+  values.first = first_of_warp + threads.lane * kQuad;
+  values.rest = features - values.first;
 
   // Rows past the last are computed as the last and not stored: everybody meets at the barriers.
   const uint32_t rows = static_cast<uint32_t>(args.m), step = gridDim.x * blockDim.y;
@@ -563,21 +637,30 @@ __global__ void __maxnreg__(kVectorized ? Prologue::registers(kVectors) : 128)
   const auto start_of = [&](uint32_t first) {
     return static_cast<const In*>(args.x) + static_cast<int64_t>(row_of(first)) * args.k;
   };
-  const StagedRow<In, kVectors> staged{staging + threadIdx.y * blockDim.x + threadIdx.x,
-                                       static_cast<int>(blockDim.x * blockDim.y)};
+  StagedRow<In, kVectors> staged(staging + (threads.first + threads.warp) * (StagedRow<In, kVectors>::kPieces * 32),
+                                 first_of_warp, threads.lane, features);
   uint32_t first = blockIdx.x * blockDim.y;
-  if constexpr (kVectorized) staged.fetch(start_of(first), values, features);
+  if constexpr (kVectorized) {
+    staged.clear_rest();
+    staged.fetch(start_of(first));
+  }
 #pragma unroll 1
   for (; first < rows; first += step) {
     // Else what follows from it is computed once, before the loop, and kept in more registers than there are.
-    asm volatile("" : "+r"(values.first));
+    asm volatile("" : "+r"(values.first), "+r"(values.rest));
     __syncwarp();  // what a row of one warp shares has been read by all of its lanes
     if constexpr (kVectorized) {
-      staged.read(values, features);
-      if (rows - first > step) staged.fetch(start_of(first + step), values, features);
+      staged.read(values.x);
+      if (rows - first > step) staged.fetch(start_of(first + step));
     } else {
+      const In* const row = start_of(first);
 #pragma unroll
-      for (int v = 0; v < kVectors; ++v) load_vector<false>(start_of(first), values.k(v), features, values.x[v]);
+      for (int v = 0; v < kVectors; ++v) {
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) {
+          values.x[v][i] = values.inside(v, i) ? to_float(row[values.k(v, i)]) : 0.f;
+        }
+      }
     }
     values.row = row_of(first);
     quantize_row<Prologue, kSymmetric>(values, threads, params, first + threadIdx.y < rows, partial_u, partial_sum);
@@ -593,8 +676,8 @@ int dynamic_shared_limit(const void* kernel);
 int32_t resident_blocks(const void* kernel, int threads, int shared, int most_shared, int& blocks);
 
 // Vectors a thread, where inputs are not rotated: what costs a row's warps least. Beside its vectors a warp has to find
-// a row's maximum and scale, which takes as long as two of them (measured as above: this chose the fastest of 3, 4 and
-// 5 at each of eight sizes).
+// a row's maximum and scale, which takes as long as two of them. This chose the fastest of 3, 4 and 5 at each of ten
+// sizes but one, 12288 features after GELU (437 µs with four, 458 with five; H200, 2026-11-28).
 inline int vectors_per_thread(int64_t k_pad) {
   constexpr int kOverhead = 2;
   int best = 0;

@@ -7,7 +7,7 @@
 #                           BUNDLE …
 #
 # All builds share OUT/timing.cache: one bundle of each model is built first, low-bit and static INT8, the others find
-# its layers timed.
+# its layers timed. Builds side by side (--jobs) take the machine's GPUs in turn, or those of CUDA_VISIBLE_DEVICES.
 #
 # --tensorrt: a folder with lib/libnvinfer.so.8 and an env.sh that defines trtpython. --headers: TensorRT's include
 # folder, to build kernels and plugin with; --kernels: the folder where both libraries are already. --levels: the
@@ -59,13 +59,14 @@ allowed() {
 
 # prove LEVEL BUNDLE
 prove() {
-  local level=$1 bundle=$2 begin code=0 most name folder
+  local level=$1 bundle=$2 begin code=0 most name folder devices
   name=$(basename "$bundle") begin=$(date +%s)
   folder=$out/$name/level-$level
   most=$(allowed "$limit") || { echo "== $name, level $level: no time left"; return 1; }
   mkdir -p "$folder"
+  IFS=, read -ra devices <<<"$gpus"
   # shellcheck disable=SC2086
-  timeout -k 5 "$most" bash -c 'trtpython -m qvdit.runtimes.tensorrt "$@"' _ "$bundle" --optimization-level "$level" \
+  CUDA_VISIBLE_DEVICES=${devices[SLOT % ${#devices[@]}]} timeout -k 5 "$most" bash -c 'trtpython -m qvdit.runtimes.tensorrt "$@"' _ "$bundle" --optimization-level "$level" \
     --timing-cache "$out/timing.cache" $options >"$folder/log.txt" 2>&1 || code=$?
   find "$bundle/tensorrt" -maxdepth 1 -name '*.json*' -newermt "@$begin" -exec cp -t "$folder" {} +
   echo "== $name, level $level: status $code, $(($(date +%s) - begin)) s"
@@ -81,14 +82,15 @@ videos() {
     --out "$out/$(basename "$1")-engine.safetensors"
 }
 export -f allowed prove videos
-export out options limit deadline plans
+gpus=${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader | paste -sd,)}
+export out options limit deadline plans gpus
 
 # each COMMAND ARGUMENT … -- BUNDLE …: side by side; fails where one did
 each() {
   local command=()
   while [ "$1" != -- ]; do command+=("$1"); shift; done
   shift
-  printf '%s\0' "$@" | xargs -0 -P "$jobs" -I {} bash -c '"$@"' _ "${command[@]}" {}
+  printf '%s\0' "$@" | xargs -0 -P "$jobs" --process-slot-var=SLOT -I {} bash -c '"$@"' _ "${command[@]}" {}
 }
 
 # What engines are measured by comes before them.

@@ -195,8 +195,8 @@ def test_alpha_without_a_number_leaves_its_rank_without_and_no_other(value, quan
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("rank", [0, 1, 3, 32])
-@pytest.mark.parametrize("k", [40, 1152, 5120, 8960])
+@pytest.mark.parametrize("rank", [0, 1, 3, 4, 32])
+@pytest.mark.parametrize("k", [40, 1152, 5120, 8960, 12288])
 def test_rows_do_not_depend_on_how_many_there_are(dtype, symmetric, rank, k):
     """Many rows, of which each block has several after and beside one another: what they give a few at a time.
 
@@ -212,6 +212,27 @@ def test_rows_do_not_depend_on_how_many_there_are(dtype, symmetric, rank, k):
         return torch.ops.qvdit.quantize_rows(part, 8, symmetric, alpha=alpha, row_sums=True, quantizer=groups)
 
     together, apart = rows(x), [rows(part) for part in x.split(200)]
+    for i, found in enumerate(together):
+        if found.numel():
+            expected = torch.cat([part[i] for part in apart], int(i == 3))  # u: [R, M]
+            torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("prologue", ["plain", "gelu", "layernorm"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("k", [40, 768, 1152, 1536, 4608])
+def test_rows_with_what_comes_before_do_not_depend_on_how_many_there_are(prologue, dtype, symmetric, k):
+    """The kernel that keeps rows as float32, and puts the next ones in shared memory meanwhile."""
+    generator = torch.Generator("cuda").manual_seed(8)
+    x = torch.randn(20_001, k, generator=generator, device="cuda").to(dtype)
+    x[::1000, k // 2] = torch.nan
+    factors = torch.randn(4, k, generator=generator, device="cuda")
+    keywords = {"alpha": factors[:1], "inv_smooth": factors[1].abs(), "prologue": prologue, "row_sums": True}
+    if prologue == "layernorm":
+        keywords |= {"modulation_scale": factors[2:3], "modulation_shift": factors[3:]}
+    together = torch.ops.qvdit.quantize_rows(x, 8, symmetric, **keywords)
+    apart = [torch.ops.qvdit.quantize_rows(part, 8, symmetric, **keywords) for part in x.split(200)]
     for i, found in enumerate(together):
         if found.numel():
             expected = torch.cat([part[i] for part in apart], int(i == 3))  # u: [R, M]
@@ -300,7 +321,7 @@ def test_gelu_comes_before_smoothing_and_rotation(dtype, block, symmetric):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", [33, 1152, 1536, 5120])
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("parts", [(), ("shift",), ("scale", "shift")])
+@pytest.mark.parametrize("parts", [(), ("scale",), ("shift",), ("scale", "shift")])
 def test_layernorm_and_modulation(dtype, k, symmetric, parts):
     generator = torch.Generator().manual_seed(9)
     batch, tokens = 3, 17

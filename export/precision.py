@@ -8,7 +8,8 @@ The rules, by operator:
 - other products by weights, the patch embedding's and the last projection's, are computed in float32 and give the low
   type: they have few operations, and TensorRT 8.6 adds FP16's up in FP16, which made a patch embedding's error 6e-4 to
   1.2e-3 where rounding makes 2e-4. What they give is not float32, because then TensorRT 8.6 normalizes CogVideoX's text
-  tokens wrongly (small random models were off by 2.5e-3);
+  tokens wrongly (small random models were off by 2.5e-3). Not those that only move values and change signs, as rotary
+  embeddings do: nothing is added up there;
 - data movement and plain arithmetic take the widest type they are given, constants aside, as PyTorch promotes;
 - everything else (normalisation and its reductions, activations, sines) is float32;
 - what comes of the time step alone is float32, products included: it has few rows, and steers every token;
@@ -163,8 +164,17 @@ class _Typer:
 
     def is_by_weights(self, node: onnx.NodeProto, floats: list[str]) -> bool:
         """Whether a node is a product of a value and constants that is no layer's; what is added to it aside."""
-        product = node.op_type in _PRODUCTS and node.domain != DOMAIN
-        return product and any(not self.sources.get(name) for name in floats if name in node.input[:2])
+        if node.op_type not in _PRODUCTS or node.domain == DOMAIN or self.is_signed_permutation(node):
+            return False
+        return any(not self.sources.get(name) for name in floats if name in node.input[:2])
+
+    def is_signed_permutation(self, node: onnx.NodeProto) -> bool:
+        """Whether a node is a product by a constant matrix of 0, 1 and -1, in no column of it more than one not 0."""
+        if node.op_type != "MatMul" or node.input[1] not in self.constants:
+            return False
+        matrix = onnx.numpy_helper.to_array(self.constants[node.input[1]])
+        columns = np.count_nonzero(matrix, axis=0)
+        return matrix.ndim == 2 and bool(np.all(columns <= 1) and np.isin(matrix, (-1, 0, 1)).all())
 
     def choose(self, node: onnx.NodeProto, floats: list[str], values: list[str], sources: frozenset[str]) -> int:
         touched = [*floats, *(name for name in node.output if self.is_float(name))]

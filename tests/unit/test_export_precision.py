@@ -84,19 +84,21 @@ def test_types_by_operator(case: Any, low: Any, kind: int) -> None:
     types = types_of(typed)
     floats = {FLOAT, kind}
     branch = {"timestep"}  # what comes of the time step alone
-    constants = {tensor.name for tensor in typed.graph.initializer}
+    constants = {tensor.name: tensor for tensor in typed.graph.initializer}
     for node in typed.graph.node:
         assert all(name in types for name in node.output), node.op_type
         read = {types[name] for name in node.input if name and types[name] in floats}
         if node.op_type != "Cast":
             assert len(read) <= 1, f"{node.op_type} of mixed types"
-        if {name for name in node.input if types[name] in floats} - constants <= branch and read:
+        if {name for name in node.input if types[name] in floats} - constants.keys() <= branch and read:
             branch |= set(node.output)
             assert read == {FLOAT}
         elif node.op_type in EXACT:
             assert read == {FLOAT}
         elif node.op_type in ("MatMul", "Gemm", "Conv", "LowBitLinear"):
-            by_weights = node.op_type != "LowBitLinear" and constants & set(node.input)
+            weights = [constants[name] for name in node.input if name in constants]
+            moves = any((np.count_nonzero(onnx.numpy_helper.to_array(w), 0) <= 1).all() for w in weights)
+            by_weights = node.op_type != "LowBitLinear" and weights and not moves
             assert read | {types[name] for name in node.output} == {FLOAT if by_weights else kind}
     assert {types[v.name] for v in (*typed.graph.input, *typed.graph.output)} == {FLOAT}
     assert [v.name for v in typed.graph.input] == [v.name for v in traced.graph.input]
@@ -201,6 +203,17 @@ def test_products_by_weights_are_computed_in_float32() -> None:
     assert found == {"p": HALF, "v": FLOAT, "q:exact": FLOAT, "q": HALF, "y:float16": HALF, "y": FLOAT}
     x = np.arange(8, dtype=np.float32).reshape(2, 4) / 8
     np.testing.assert_array_equal(session(typed.SerializeToString(), 1).run(["y"], {"x": x})[0], -x @ x.T)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "exact"),
+    [([[0, -1], [1, 0]], False), ([[0, -1], [0, 0]], False), ([[1, 1], [1, 0]], True), ([[2, 0], [0, 1]], True)],
+)
+def test_products_that_move_values_and_change_signs_are_of_the_low_type(matrix: list[list[int]], exact: bool) -> None:
+    nodes = [*SQUARE, onnx.helper.make_node("MatMul", ["p", "w"], ["q"]), onnx.helper.make_node("Neg", ["q"], ["y"])]
+    types = types_of(precision.strongly_typed(model_of(nodes, {"w": np.array(matrix, np.float32)}), {}))
+    assert types["q"] == HALF
+    assert ("q:exact" in types) == exact
 
 
 def test_products_by_weights_may_be_the_output() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from qvdit.runtimes.tensorrt import versions
+from qvdit.runtimes.tensorrt import plugin, versions
 
 _KEPT = 50
 
@@ -28,7 +28,7 @@ def logger(verbose: bool = False) -> Any:
         def why(self) -> str:
             """The errors since the last call, in one line, ours first: what a layer refused is the cause."""
             kept, self.kept = self.kept, []
-            ours = [text for text in kept if text.startswith(("LowBitLinear", "HeadwiseAttention"))]
+            ours = [text for text in kept if text.startswith(plugin.NODES)]
             distinct = list(dict.fromkeys(ours or kept))
             return "; ".join(distinct[:3]) or "TensorRT gave no reason"
 

@@ -18,6 +18,7 @@ from qvdit.runtimes.tensorrt import versions
 VARIABLE = "QVDIT_TENSORRT_PLUGIN"  # names the library's file
 LIBRARY = "libqvdit_tensorrt.so"
 NAME, VERSION = "LowBitLinear", "3"
+NODES = (NAME, "HeadwiseAttention", "GatedResidual")
 _RUNTIMES = Path(__file__).parents[1]
 _PLACES = (_RUNTIMES / "lib" / LIBRARY, _RUNTIMES.parent / "build" / "kernels" / LIBRARY)
 _BUILD = f"cmake -S {_RUNTIMES / 'csrc'} -B build/kernels -DQVDIT_TENSORRT_INCLUDE=… && cmake --build build/kernels"

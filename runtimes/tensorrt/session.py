@@ -35,8 +35,15 @@ class TensorRtSession:
         self._runtime = trt.Runtime(self._log)
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
+            why = self._log.why()
+            if "out of memory" in why.lower():
+                raise OutOfMemoryError(
+                    f"no room for the engine ({why})",
+                    f"{len(plan):,} bytes of free GPU memory and more, of which {device.free_memory():,} are there",
+                    "end other programs on this GPU, or quantize to fewer bits",
+                )
             raise QvditError(
-                f"an engine that TensorRT {trt.__version__} refuses ({self._log.why()})",
+                f"an engine that TensorRT {trt.__version__} refuses ({why})",
                 "one that was built by it, here",
                 "build it again: qvdit engine, or python -m qvdit.runtimes.tensorrt",
             )

@@ -4,11 +4,26 @@ from __future__ import annotations
 
 import json
 import runpy
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from qvdit.bench import results as kernel_results
+from qvdit.bench.tensorrt import results as tensorrt_results
+
 FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.mark.parametrize(
+    ("names", "load"), [("tensorrt-h?00.json", tensorrt_results.load), ("kernels-h?00.json", kernel_results.load)]
+)
+def test_committed_results_are_the_tools(names: str, load: Callable[[Path], Any]):
+    paths = sorted((FOLDER / "results").glob(names))
+    assert len(paths) == 2
+    for path in paths:
+        assert load(path).rows, path
 
 
 def test_distillation(wan_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -319,6 +319,9 @@ class Fake:
                     log.log(_Severity.ERROR, 'LowBitLinear "blocks.0.to_q": got no kernel')
                     log.log(_Severity.ERROR, "10: could not find any implementation")
                     return None
+                if "memory" in fake.fail:
+                    log.log(_Severity.ERROR, "1: [defaultAllocator.cpp] Error Code 1: Cuda Runtime (out of memory)")
+                    return None
                 fake.builds.append(Path(network.path))
                 fake.shapes.append({tensor.name: tensor.shape for tensor in network.inputs})
                 assert config.cache is not None
@@ -350,6 +353,9 @@ class Fake:
 
         class Runtime:
             def deserialize_cuda_engine(self, plan: bytes) -> Any:
+                if "deserialize" in fake.fail:
+                    log.log(_Severity.ERROR, "1: [defaultAllocator.cpp] Error Code 1: Cuda Runtime (out of memory)")
+                    return None
                 try:
                     return Engine(fake, json.loads(plan))
                 except ValueError:

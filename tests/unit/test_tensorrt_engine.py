@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from fake_tensorrt import DataType, Fake, FakeDriver, Layer, LayerType, Network, Tensor
 
+import qvdit.runtimes
 from qvdit.contract import QvditError
 from qvdit.contract.bundle import ENGINE, ENGINE_FACTS, ENGINE_PARITY
 from qvdit.contract.parity import load_reference, save_half
+from qvdit.contract.plan import SamplingPlan, save_plan
 from qvdit.runtimes.tensorrt import __main__ as command
 from qvdit.runtimes.tensorrt import device, plugin, versions
+from qvdit.runtimes.tensorrt import sample as sampling
 from qvdit.runtimes.tensorrt.build import BuildOptions, build_engine, make_profile
+from qvdit.runtimes.tensorrt.log import logger
 from qvdit.runtimes.tensorrt.parity import failures
 from qvdit.runtimes.tensorrt.session import TensorRtSession
 from qvdit.system import tensorrt_parts
@@ -70,6 +78,36 @@ def test_session_runs_the_engine(trt: Fake, gpu: FakeDriver, exported: Path) -> 
     np.testing.assert_array_equal(first, second)
     assert np.abs(first - saved.quantized).max() < 0.05
     assert not gpu.blocks, "memory that was not given back"
+
+
+@pytest.mark.parametrize("cuda_graph", [False, True])
+def test_pytorchs_tensors_are_read_where_they_are(
+    cuda_graph: bool, built: Path, gpu: FakeDriver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CPU's tensors in the part of the GPU's. Of a CUDA graph, whose addresses stay, they are copied."""
+    waits: list[int] = []
+    monkeypatch.setattr(gpu, "cuStreamWaitEvent", lambda stream, *_: waits.append(stream.value) or 0, raising=False)
+    monkeypatch.setattr(torch, "device", lambda kind, index: "cpu")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda place: SimpleNamespace(cuda_stream=99))
+    inputs = load_reference(built).inputs
+    with TensorRtSession.of_bundle(built, cuda_graph=cuda_graph) as session:
+        expected = session.infer(inputs)
+        tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
+        waits.clear()
+        (found,) = session._infer_torch(tensors).values()
+        read = {name: session._context.addresses[name] for name in inputs}
+        own = session._stream.handle
+    np.testing.assert_array_equal(found.numpy(), expected)
+    in_place = {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    assert (read == in_place) == (not cuda_graph)
+    assert waits == [own, 99]  # ours waits for theirs, and theirs for ours
+
+
+def test_the_engine_takes_the_transformers_place(built: Path) -> None:
+    saved = load_reference(built)
+    transformer = qvdit.runtimes.load(built, device="cuda", engine="tensorrt")
+    (output,) = transformer(**saved.inputs, return_dict=False)
+    assert np.abs(np.asarray(output) - saved.quantized).max() < 0.05
 
 
 @pytest.mark.parametrize("failure", ["parse", "build", "context", "execute"])
@@ -281,10 +319,25 @@ def test_more_memory_than_the_gpu_has(built: Path, gpu: FakeDriver) -> None:
         session.infer(load_reference(built).inputs)
 
 
+def test_no_room_for_the_engine(built: Path, trt: Fake) -> None:
+    trt.fail.add("deserialize")
+    with pytest.raises(device.OutOfMemoryError, match=r"no room for the engine .*bytes of free GPU memory"):
+        TensorRtSession.of_bundle(built)
+
+
 def test_no_room_for_a_context(built: Path, trt: Fake) -> None:
     trt.fail.add("context")
     with pytest.raises(QvditError, match="no room"):
         TensorRtSession.of_bundle(built)
+
+
+@pytest.mark.parametrize("node", plugin.NODES)
+def test_what_the_plugin_refused_comes_first(node: str, trt: Fake) -> None:
+    log = logger()
+    for text in ("TensorRT's", "many", "lines", f'{node} "blocks.0": got\nfive heads'):
+        log.log(trt.ILogger.Severity.ERROR, text)
+    assert log.why() == f'{node} "blocks.0": got five heads'
+    assert log.why() == "TensorRT gave no reason"
 
 
 # Plugin and machine ---------------------------------------------------------------------------------------------------
@@ -443,7 +496,91 @@ def test_the_systems_errors_are_one_line(
 
 
 def test_no_gpu_and_no_tensorrt(monkeypatch: pytest.MonkeyPatch, exported: Path) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "tensorrt", None)
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
     versions.tensorrt.cache_clear()
     with pytest.raises(QvditError, match="TensorRT"):
         build(exported)
+
+
+# Programs: a line, status 2, and the engine that was there as it was --------------------------------------------------
+
+
+def refused(main: Any, arguments: list[Any], capsys: pytest.CaptureFixture[str], words: str) -> None:
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("error: got ")
+    assert line.count("\n") == 1
+    assert re.search(words, line), line
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("no TensorRT", "no TensorRT"),
+        ("no GPU", "cuda:0; expected one of the 0 GPUs"),
+        ("another plugin", "version 1 of the plugin"),
+        ("memory for the build", "out of memory.*enough GPU memory"),
+        ("memory for the engine", "no room for the engine"),
+        ("memory to run", "no room to run"),
+    ],
+)
+def test_a_build_that_is_refused(
+    case: str, words: str, trt: Fake, gpu: FakeDriver, built: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    before = kept_files(built)
+    if case == "no TensorRT":
+        monkeypatch.undo()
+        monkeypatch.setitem(sys.modules, "tensorrt", None)
+        versions.tensorrt.cache_clear()
+    elif case == "no GPU":
+        gpu.devices = 0
+    elif case == "another plugin":
+        (built / "tensorrt" / plugin.LIBRARY).write_bytes(BUILT_FOR.replace(b"Linear 3", b"Linear 1") % b"8.6.0")
+    else:
+        trt.fail.add({"build": "memory", "engine": "deserialize", "run": "context"}[case.split()[-1]])
+    refused(command.main, [built], capsys, words)
+    assert kept_files(built) == before
+
+
+@pytest.mark.parametrize(
+    ("case", "words"),
+    [
+        ("no GPU", "cuda:0; expected one of the 0 GPUs"),
+        ("another plugin", "version 1 of the plugin"),
+        ("truncated engine", "damaged"),
+        ("another GPU", r"an engine for Orin \(sm 8.7\)"),
+        (
+            "another size",
+            r"hidden_states of shape \[2, \d+, \d+, \d+, \d+\]; expected \[.*for which the engine was built",
+        ),
+        ("memory for the engine", "no room for the engine"),
+        ("memory to run", "out of memory"),
+    ],
+)
+def test_sampling_that_is_refused(
+    case: str, words: str, trt: Fake, gpu: FakeDriver, built: Path, tmp_path: Path, capsys: Any
+) -> None:
+    inputs = load_reference(built).inputs
+    latents, step = inputs["hidden_states"][:1], np.ones(1, np.float32)
+    if case == "no GPU":
+        gpu.devices = 0
+    elif case == "another plugin":
+        (built / "tensorrt" / plugin.LIBRARY).write_bytes(BUILT_FOR.replace(b"Linear 3", b"Linear 1") % b"8.6.0")
+    elif case == "truncated engine":
+        (built / ENGINE).write_bytes((built / ENGINE).read_bytes()[:-1])
+    elif case == "another GPU":
+        edit_facts(built, gpu="Orin", compute="8.7")
+    elif case == "another size":
+        latents = np.repeat(latents, 4, axis=-1)
+    elif case == "memory to run":
+        gpu.memory = 16
+    else:
+        trt.fail.add("deserialize")
+    before = kept_files(built)
+    plan = SamplingPlan(latents, step, step, step, inputs["encoder_hidden_states"], 1.0, False)
+    save_plan(plan, tmp_path / "plan")
+    arguments = [built, tmp_path / "plan", "--out", tmp_path / "videos"]
+    refused(sampling.main, arguments, capsys, words)
+    assert kept_files(built) == before
+    assert not (tmp_path / "videos").exists()

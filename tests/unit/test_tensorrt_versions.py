@@ -179,4 +179,6 @@ def test_the_record_is_the_headers(version: str) -> None:
     assert {name for name, pattern in creators.items() if re.search(pattern, text)} == known.creators
     memory = {"device_memory_size": r"\bgetDeviceMemorySize\(", "device_memory_size_v2": r"\bgetDeviceMemorySizeV2\("}
     assert {name for name, pattern in memory.items() if re.search(pattern, text)} == known.memory
+    if not (folder / "NvOnnxParser.h").is_file():
+        pytest.skip(f"NO PARSER'S HEADER OF {version} HERE: ALL BUT ITS PART OF THE RECORD IS RIGHT")
     assert bool(re.search(r"\bnodeName\(", text)) == known.error_names

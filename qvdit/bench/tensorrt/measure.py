@@ -244,4 +244,5 @@ def _row(loaded: _Loaded, times: Sequence[float], builder: Builder, settings: Se
         worst_layer=built.worst_layer,
         build_seconds=built.seconds,
         cuda_graph=settings.cuda_graph,
+        plugin_version=plugin.VERSION if plugin.is_needed(loaded.folder / TENSORRT_MODEL) else None,
     )

@@ -30,6 +30,7 @@ class Row:
     worst_layer: float | None  # largest relative error of a layer fed the reference's input; None where there is none
     build_seconds: float
     cuda_graph: bool
+    plugin_version: str | None = None  # of the plugin in it; None where there is none
 
 
 @dataclass(frozen=True)
@@ -62,14 +63,16 @@ def load(path: Path) -> Results:
     return saved.load(Results, _row, path, "a JSON of `qvdit bench tensorrt`")
 
 
-_OPEN = {"rel_err", "error_ratio", "error_ratio_float32", "worst_layer"}
+_OPEN = {"rel_err", "error_ratio", "error_ratio_float32", "worst_layer", "plugin_version"}
+
+_TYPES = {"str": str, "str | None": str, "bool": bool, "int": int}
 
 
 def _row(value: dict[str, Any]) -> Row:
     row = Row(**value)
     for field in fields(Row):
         found = getattr(row, field.name)
-        wanted = {"str": str, "bool": bool, "int": int}.get(str(field.type), (int, float))
+        wanted = _TYPES.get(str(field.type), (int, float))
         if not (isinstance(found, wanted) or (found is None and field.name in _OPEN)):
             raise ValueError(f"a row with {field.name} {found!r}")
     return row

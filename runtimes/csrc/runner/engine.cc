@@ -21,7 +21,14 @@ Engine::Engine(const std::string& plan, std::map<std::string, Profile> profile, 
   if (!runtime_)
     throw Error("no TensorRT runtime (" + log.why() + ")", "one that starts", "see that TensorRT is whole");
   engine_.reset(runtime_->deserializeCudaEngine(plan.data(), plan.size()));
-  if (!engine_) throw Error("an engine that TensorRT refuses (" + log.why() + ")", "one built here", fix);
+  if (!engine_) {
+    const std::string why = log.why();
+    if (why.find("out of memory") != std::string::npos) {
+      throw Error("no room for the engine (" + why + ")",
+                  std::to_string(plan.size()) + " bytes of free GPU memory and more", "end other programs on this GPU");
+    }
+    throw Error("an engine that TensorRT refuses (" + why + ")", "one built here", fix);
+  }
   context_.reset(engine_->createExecutionContext());
   if (!context_) {
     throw Error("no context for the engine (" + log.why() + ")", "memory for its scratch", "free memory on the GPU");

@@ -20,6 +20,7 @@ from typing import Any
 HERE = Path(__file__).resolve()
 sys.path.insert(0, str(HERE.parent))
 
+import onnx  # noqa: E402
 import torch  # noqa: E402
 from placement import placement  # noqa: E402
 
@@ -27,6 +28,7 @@ import qvdit.runtimes  # noqa: E402
 from qvdit.contract import QvditError  # noqa: E402
 from qvdit.contract.bundle import ORT_MODEL, read_manifest  # noqa: E402
 from qvdit.contract.parity import load_reference  # noqa: E402
+from qvdit.export.functions import DOMAIN  # noqa: E402
 from qvdit.runtimes.onnxruntime import OnnxRuntimeSession  # noqa: E402
 from qvdit.runtimes.parity import check_bundle  # noqa: E402
 from qvdit.runtimes.tensorrt.device import Device  # noqa: E402
@@ -49,6 +51,14 @@ def drop_in(bundle: Path, inputs: dict[str, torch.Tensor]) -> Callable[[], objec
         torch.cuda.synchronize()
 
     return call
+
+
+def weight_bytes(bundle: Path) -> int:
+    """What the file stores for the weights of the quantized linears, biases aside."""
+    graph = onnx.load(bundle / ORT_MODEL).graph
+    read = {name for node in graph.node if node.domain == DOMAIN for name in node.input}
+    stored = (tensor for tensor in graph.initializer if tensor.name in read and not tensor.name.endswith(":bias"))
+    return sum(len(tensor.raw_data) for tensor in stored)
 
 
 def measure(bundle: Path, baseline: Path | None) -> dict[str, Any]:
@@ -82,6 +92,7 @@ def measure(bundle: Path, baseline: Path | None) -> dict[str, Any]:
         "ms": times["ort_cuda"][0],
         "spread": times["ort_cuda"][1],
         "engine_bytes": (bundle / ORT_MODEL).stat().st_size,
+        "weight_bytes": weight_bytes(bundle),
         "device_bytes": held,
         "rel_err": whole.rel_err,
         "error_ratio": whole.error_ratio,

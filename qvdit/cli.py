@@ -65,6 +65,13 @@ Attention = Annotated[
         "or tensorrt, which has fused kernels of its own from 10 on."
     ),
 ]
+Precision = Annotated[
+    str,
+    typer.Option(
+        help="With --target tensorrt, what the graph computes in where 16 bits are enough: fp16, with float32 around "
+        "values that it may not hold, or bf16, which holds them, for TensorRT 10 and later (not built there yet)."
+    ),
+]
 Prompts = Annotated[Path | None, typer.Option(help="Text file of calibration prompts, one a line (default: shipped).")]
 PromptCount = Annotated[int | None, typer.Option(min=1, help="Prompts to sample (default: 4 on a CPU, 48 on a GPU).")]
 Steps = Annotated[int, typer.Option(min=1, help="Steps of the sampler, for calibration and videos.")]
@@ -121,6 +128,7 @@ def _stage_command(last: str) -> Callable[..., None]:
         jetpack: JetPack = None,
         weight_only: WeightOnly = False,
         attention: Attention = "plugin",
+        precision: Precision = "fp16",
         prompts: Prompts = None,
         prompt_count: PromptCount = None,
         steps: Steps = 20,
@@ -149,6 +157,7 @@ def _stage_command(last: str) -> Callable[..., None]:
             jetpack=jetpack,
             weight_only=weight_only,
             attention=attention,
+            precision=precision,
             prompts=prompts,
             prompt_count=prompt_count,
             steps=steps,

@@ -1,9 +1,10 @@
-"""PyTorch's FP16 run of a bundle's quantized model on the CUDA kernels: what a TensorRT engine is measured by.
+"""PyTorch's 16-bit run of a bundle's quantized model on the CUDA kernels: what a TensorRT engine is measured by.
 
     python -m qvdit.half BUNDLE …
 
-It leaves ``parity/half.safetensors`` beside the reference that the export left. An engine computes in FP16 as well, so
-its error against full precision belongs beside this one's rather than beside the float32 reference's.
+It leaves ``parity/half.safetensors`` beside the reference that the export left. An engine computes in FP16 as well, or
+in BF16 where the bundle's graph does, so its error against full precision belongs beside this one's rather than beside
+the float32 reference's.
 """
 
 from __future__ import annotations
@@ -17,16 +18,18 @@ import torch
 
 import qvdit.runtimes
 from qvdit.contract import QvditError
+from qvdit.contract.bundle import half_name, read_manifest
 from qvdit.contract.errors import in_one_line
 from qvdit.contract.parity import ModelParity, compare_models, load_reference, save_half
 
 
 @torch.no_grad()
 def run_half(bundle: Path, device: str = "cuda") -> ModelParity:
-    """Run the quantized model in FP16 on a bundle's saved inputs, keep its output there and compare it."""
-    model = qvdit.runtimes.load(bundle, device=device, dtype="float16")
+    """Run the quantized model in 16 bits on a bundle's saved inputs, keep its output there and compare it."""
+    dtype = torch.bfloat16 if read_manifest(bundle).precision == "bf16" else torch.float16
+    model = qvdit.runtimes.load(bundle, device=device, dtype=str(dtype).removeprefix("torch."))
     saved = load_reference(bundle)
-    output = infer(model, saved.inputs)
+    output = infer(model, saved.inputs, dtype)
     save_half(bundle, output)
     return compare_models(output, saved.quantized, saved.full)
 
@@ -48,8 +51,9 @@ def main() -> int:
     try:
         for bundle in made.parse_args().bundles:
             found = run_half(bundle)
+            name = half_name(read_manifest(bundle))
             print(
-                f"{bundle}: FP16 run, relative error {found.rel_err:.2e} to the quantized model's float32 run, error "
+                f"{bundle}: {name} run, relative error {found.rel_err:.2e} to the quantized model's float32 run, error "
                 f"against full precision {found.error_ratio:.4f} of its",
                 flush=True,
             )

@@ -45,7 +45,7 @@ from qvdit.models.loading import WORLD_PIPELINE, SourceModel, find_model
 from qvdit.settings import (
     JobSettings,
     calibration_plan,
-    check_attention,
+    check_graph,
     check_target,
     check_weight_only,
     choose_compute,
@@ -60,7 +60,10 @@ STAGES = ("calibrate", "statistics", "quantize", "trace", "export", "parity", "s
 # Changes whenever what is traced does: by whether attention is fusable.
 _TRACE = {True: "attention as product, softmax and product", False: "attention as PyTorch translates it"}
 # Changes whenever a TensorRT bundle's graphs do.
-_GRAPHS = "opset 17, softmax in FP16, products by weights in float32, GELU, LayerNorm, attention in the plugin"
+_GRAPHS = (
+    "opset 17, softmax and rotary embeddings in 16 bits, products by weights in float32, GELU, LayerNorm, attention in "
+    "the plugin"
+)
 
 Observe = Callable[[str], Any]
 """Called with a stage's name; returns a context manager that gives the stage's progress callback."""
@@ -82,7 +85,7 @@ class Job:
         check_target(settings.target)
         self.edge_device = choose_edge(settings)
         check_weight_only(settings, self.recipe)
-        check_attention(settings)
+        check_graph(settings)
         quantization.check_bits(self.recipe, self.bits)
         self.device = choose_compute(settings.compute)
         self.source: SourceModel = find_model(settings.model)
@@ -225,6 +228,7 @@ class Job:
     def export(self, progress: Progress) -> None:
         """Write the ONNX files, what is not quantized, and the manifest that makes the folder a bundle."""
         from qvdit.export.bundle import export_onnx
+        from qvdit.export.precision import LOW_TYPES
         from qvdit.export.tensorrt import TracedModel, export_tensorrt, export_weight_only
         from qvdit.magnitudes import largest_values
         from qvdit.models import kept
@@ -241,13 +245,15 @@ class Job:
                 example = {name: tensor.numpy() for name, tensor in self.example().items()}
                 largest = largest_values(self.work / "baseline.onnx", example, self.settings.threads)
                 traced = TracedModel(self.work / "traced.onnx", self.layers, full, largest)
-                written.extend(export_tensorrt(traced, self.out, own_attention=self.settings.attention == "plugin"))
-                written.extend(export_weight_only(traced, self.out) if self.settings.weight_only else [])
+                low, own_attention = LOW_TYPES[self.settings.precision], self.settings.attention == "plugin"
+                written.extend(export_tensorrt(traced, self.out, low, own_attention=own_attention))
+                written.extend(export_weight_only(traced, self.out, low) if self.settings.weight_only else [])
 
         # A folder exported before its bundle held KEPT_WEIGHTS, or for TensorRT as another graph, is exported again.
         target = [self.settings.target, *([_GRAPHS, TENSORRT_LAYERS] if self.settings.target == "tensorrt" else [])]
         target += [TENSORRT_INT4_MODEL] if self.settings.weight_only else []
         target += [self.settings.attention] if self.settings.attention != "plugin" else []
+        target += [self.settings.precision] if self.settings.precision != "fp16" else []
         key = [self.stages.result("quantize"), self.stages.result("trace"), *target, KEPT_WEIGHTS]
         self.stages.run("export", key, lambda: written, work)
         self._keep_manifest()
@@ -516,4 +522,5 @@ class Job:
             versions=tool_versions(),
             files={name: sha256(self.out / name) for name in self._model_files()},
             size=None if self.settings.size is None else str(self.settings.size),
+            precision=None if self.settings.precision == "fp16" else self.settings.precision,
         )

@@ -18,6 +18,7 @@ from qvdit.quality import Trial
 
 TARGETS = ("onnxruntime", "tensorrt")
 ATTENTIONS = ("plugin", "tensorrt")
+PRECISIONS = ("fp16", "bf16")
 _PROMPTS = {"cpu": 4, "cuda": 48}  # sampled for calibration when the user does not say
 
 
@@ -48,6 +49,7 @@ class JobSettings:
     threads: int = 2
     weight_only: bool = False  # tensorrt/model.int4.onnx as well
     attention: str = "plugin"  # what computes it in a TensorRT engine with the plugin's layers
+    precision: str = "fp16"  # of a TensorRT graph, where it has 16 bits
 
 
 def check_target(target: str) -> None:
@@ -65,6 +67,9 @@ def choose_edge(settings: JobSettings) -> EdgeDevice | None:
             )
         return None
     device = find_device(settings.device, settings.jetpack)
+    if settings.precision == "bf16" and device.tensorrt == "8.6":
+        wrong = f"--precision bf16 for {device.title} with JetPack {device.jetpack}"
+        raise QvditError(wrong, "TensorRT 10 or newer, where it has 8.6", "choose fp16, or a newer --jetpack")
     if settings.target != "tensorrt":
         raise QvditError(
             f"--device {device.name} with --target {settings.target}", "--target tensorrt", "leave out one of them"
@@ -72,13 +77,17 @@ def choose_edge(settings: JobSettings) -> EdgeDevice | None:
     return device
 
 
-def check_attention(settings: JobSettings) -> None:
-    """Refuse an ``--attention`` that there is not, or that nothing would come of."""
-    if settings.attention not in ATTENTIONS:
-        raise QvditError(f"--attention {settings.attention!r}", f"one of {', '.join(ATTENTIONS)}", "check --attention")
-    if settings.attention != ATTENTIONS[0] and settings.target != "tensorrt":
-        wrong = f"--attention {settings.attention} with --target {settings.target}"
-        raise QvditError(wrong, "--target tensorrt", "leave out one of them")
+def check_graph(settings: JobSettings) -> None:
+    """Refuse an ``--attention`` or ``--precision`` that there is not, or that nothing would come of."""
+    for option, value, known in (
+        ("--attention", settings.attention, ATTENTIONS),
+        ("--precision", settings.precision, PRECISIONS),
+    ):
+        if value not in known:
+            raise QvditError(f"{option} {value!r}", f"one of {', '.join(known)}", f"check {option}")
+        if value != known[0] and settings.target != "tensorrt":
+            wrong = f"{option} {value} with --target {settings.target}"
+            raise QvditError(wrong, "--target tensorrt", "leave out one of them")
 
 
 def check_weight_only(settings: JobSettings, recipe: recipes.Recipe) -> None:

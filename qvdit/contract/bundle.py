@@ -9,7 +9,7 @@ from typing import Any
 
 from qvdit.contract.errors import QvditError
 from qvdit.contract.files import inside, read_json, sha256, write_json
-from qvdit.contract.video import described
+from qvdit.contract.video import OPTIONAL, described
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -24,7 +24,7 @@ PLUGIN = "tensorrt/libqvdit_tensorrt.so"  # compiled for the device that the bun
 SAMPLING_PLAN = "sample/plan.safetensors"  # one video's sampling, for a device without PyTorch
 EDGE, DEVICE = "edge", "device.json"  # the folder to copy to a device, and in it which one
 PARITY_INPUTS, PARITY_REFERENCE = "parity/inputs.safetensors", "parity/reference.safetensors"
-PARITY_HALF = "parity/half.safetensors"  # PyTorch's FP16 run on a GPU, where one was made; not in the manifest
+PARITY_HALF = "parity/half.safetensors"  # PyTorch's 16-bit run on a GPU, where one was made; not in the manifest
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,13 @@ class Manifest:
     versions: dict[str, str]  # of the tools that made it
     files: dict[str, str]  # path inside the bundle → sha256
     size: str | None = None  # of the videos, FRAMESxHEIGHTxWIDTH; left out where they are of the pipeline's own
+    precision: str | None = None  # bf16: of TensorRT's graphs; left out where that is FP16
     schema: int = SCHEMA
+
+
+def half_name(manifest: Manifest) -> str:
+    """What TensorRT's graphs compute in where 16 bits are enough: FP16 or BF16."""
+    return (manifest.precision or "fp16").upper()
 
 
 def write_manifest(bundle: Path, manifest: Manifest) -> None:
@@ -64,7 +70,7 @@ def read_manifest(bundle: Path) -> Manifest:
         )
     content = read_json(bundle / MANIFEST, "a bundle's manifest.json")
     names = {field.name for field in dataclasses.fields(Manifest)}
-    if not isinstance(content, dict) or content.get("schema") != SCHEMA or set(content) | {"size"} != names:
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA or set(content) | OPTIONAL != names:
         raise QvditError(f"{bundle / MANIFEST} of another version", f"schema {SCHEMA}", "export the model again")
     if not isinstance(content["files"], dict):
         raise QvditError(

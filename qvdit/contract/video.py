@@ -30,8 +30,11 @@ class VideoSize:
         return f"{self.frames}x{self.height}x{self.width}"
 
 
+OPTIONAL = {"size", "precision"}
+
+
 def described(value: Any) -> dict[str, Any]:
-    """A dataclass as JSON holds it, for digests; a ``size`` of None is left out, as before there were sizes."""
+    """A dataclass as JSON holds it, for digests; of what came later None is left out, as it was before."""
     return dataclasses.asdict(
-        value, dict_factory=lambda pairs: {name: found for name, found in pairs if (name, found) != ("size", None)}
+        value, dict_factory=lambda pairs: {name: v for name, v in pairs if not (v is None and name in OPTIONAL)}
     )

@@ -206,6 +206,7 @@ def build_engine(
     trt = versions.tensorrt()
     gpu = open_device(device)
     manifest = _exported(bundle)
+    _check_precision(manifest, trt)
     complete_install(bundle)
     library = _library(bundle, options)
     saved = load_reference(bundle)
@@ -260,6 +261,15 @@ def _exported(bundle: Path) -> Manifest:
                 f"{bundle}, which has no {name}", "a bundle for TensorRT", "export it with --target tensorrt"
             )
     return manifest
+
+
+def _check_precision(manifest: Manifest, trt: Any) -> None:
+    if manifest.precision == "bf16" and not versions.strongly_typed(trt):
+        raise QvditError(
+            f"a graph in BF16 for TensorRT {trt.__version__}",
+            "TensorRT 10 or newer",
+            "export it without --precision bf16",
+        )
 
 
 def _library(bundle: Path, options: BuildOptions) -> plugin.PluginLibrary | None:

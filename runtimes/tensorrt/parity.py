@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qvdit.contract import QvditError
-from qvdit.contract.bundle import TENSORRT_LAYERS
+from qvdit.contract.bundle import TENSORRT_LAYERS, half_name, read_manifest
 from qvdit.contract.files import finite
 from qvdit.contract.parity import (
     ERROR_RATIOS,
@@ -123,7 +123,7 @@ def check_engine(
     result = summary(compared, compare_models(output, saved.quantized, saved.full))
     half = load_half(bundle)
     if half is not None:
-        result |= _against_half(output, half, saved.full)
+        result |= _against_half(output, half, saved.full) | {"half": half_name(read_manifest(bundle))}
     name, error = standard(result)
     say(
         f"parity: {result['layers_compared']} layers, {result['xq_mismatches']} x_q and {result['acc_mismatches']} acc "
@@ -134,7 +134,7 @@ def check_engine(
 
 
 def _against_half(output: np.ndarray, half: np.ndarray, full: np.ndarray) -> dict[str, Any]:
-    """The engine beside PyTorch's FP16 run of the same quantized model."""
+    """The engine beside PyTorch's 16-bit run of the same quantized model."""
     error_half = relative_error(half, full)
     return _finite(
         {
@@ -151,10 +151,10 @@ _EXACT = "PyTorch's float32 run of it"
 def standard(result: Mapping[str, Any]) -> tuple[str, float | None]:
     """What the engine's error is measured by: its name, and the ratio.
 
-    That is PyTorch's FP16 run, whose rounding is the engine's kind, or its float32 run where there is no other.
+    That is PyTorch's 16-bit run, whose rounding is the engine's kind, or its float32 run where there is no other.
     """
     if "half_error_ratio" in result:
-        return "PyTorch's FP16 run of it", result["half_error_ratio"]
+        return f"PyTorch's {result.get('half', 'FP16')} run of it", result["half_error_ratio"]
     return _EXACT, result["error_ratio"]
 
 

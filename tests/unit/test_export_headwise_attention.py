@@ -19,7 +19,7 @@ from onnx import TensorProto
 from test_export_plugin import in_onnxruntime, relative_error
 
 from qvdit.contract import LowBitLayer, QvditError
-from qvdit.contract.bundle import TENSORRT_MODEL
+from qvdit.contract.bundle import TENSORRT_MODEL, verify
 from qvdit.export import plugin
 from qvdit.export.functions import DOMAIN, DOMAIN_VERSION, NODE
 from qvdit.export.graph import is_layer, placeholder_name
@@ -406,13 +406,33 @@ def test_attention_may_be_left_to_tensorrt(bundle: Path, make_job: Any, tmp_path
     assert found == {"plugin": {ATTENTION: count, "Softmax": 0}, "tensorrt": {ATTENTION: 0, "Softmax": count}}
 
 
+def test_graphs_may_be_in_bf16(bundle: Path, make_job: Any, tmp_path: Path) -> None:
+    out = shutil.copytree(bundle, tmp_path / "bundle")
+    found = {}
+    for precision in ("fp16", "bf16", "fp16"):
+        make_job(out, target="tensorrt", precision=precision).run("export")
+        values = onnx.load(out / TENSORRT_MODEL, load_external_data=False).graph.value_info
+        kinds = {value.type.tensor_type.elem_type for value in values}
+        found[precision] = kinds & {TensorProto.FLOAT16, TensorProto.BFLOAT16}
+        assert verify(out).precision == (None if precision == "fp16" else precision)
+    assert found == {"fp16": {TensorProto.FLOAT16}, "bf16": {TensorProto.BFLOAT16}}
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
         ({"target": "tensorrt", "attention": "torch"}, "--attention 'torch'; expected one of plugin, tensorrt"),
         ({"attention": "tensorrt"}, "--attention tensorrt with --target onnxruntime"),
+        ({"target": "tensorrt", "precision": "fp8"}, "--precision 'fp8'; expected one of fp16, bf16"),
+        ({"precision": "bf16"}, "--precision bf16 with --target onnxruntime"),
+        (
+            {"target": "tensorrt", "precision": "bf16", "device": "orin", "jetpack": "6.0"},
+            "--precision bf16 for Jetson Orin with JetPack 6.0; expected TensorRT 10 or newer",
+        ),
     ],
 )
-def test_an_attention_that_there_is_not(settings: dict[str, str], said: str, make_job: Any, tmp_path: Path) -> None:
+def test_options_of_a_graph_that_there_are_not(
+    settings: dict[str, str], said: str, make_job: Any, tmp_path: Path
+) -> None:
     with pytest.raises(QvditError, match=re.escape(said)):
         make_job(tmp_path / "out", **settings)

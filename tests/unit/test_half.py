@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 import qvdit.runtimes
 from qvdit import half
 from qvdit.contract import QvditError
-from qvdit.contract.bundle import ORT_MODEL, PARITY_HALF, verify
+from qvdit.contract.bundle import ORT_MODEL, PARITY_HALF, read_manifest, verify, write_manifest
 from qvdit.contract.parity import load_half, load_reference, relative_error
 
 
@@ -58,6 +59,17 @@ def test_the_run_is_kept(copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert relative_error(kept, expected) < 1e-3
     assert "FP16 run, relative error" in capsys.readouterr().out
     assert verify(copied) == before  # the bundle's bytes are what they were
+
+
+def test_it_is_of_the_graphs_type(copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    write_manifest(copied, dataclasses.replace(read_manifest(copied), precision="bf16"))
+    model, asked = Drop(), {}
+    monkeypatch.setattr(qvdit.runtimes, "load", lambda bundle, **options: asked.update(options) or model)
+    monkeypatch.setattr("sys.argv", ["half", str(copied)])
+    assert half.main() == 0
+    assert asked["dtype"] == "bfloat16"
+    assert model.types["hidden_states"] == torch.bfloat16
+    assert "BF16 run, relative error" in capsys.readouterr().out
 
 
 def test_one_of_another_model_is_refused(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:

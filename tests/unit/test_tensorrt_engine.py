@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -17,7 +18,7 @@ from fake_tensorrt import DataType, Fake, FakeDriver, Layer, LayerType, Network,
 
 import qvdit.runtimes
 from qvdit.contract import QvditError
-from qvdit.contract.bundle import ENGINE, ENGINE_FACTS, ENGINE_PARITY
+from qvdit.contract.bundle import ENGINE, ENGINE_FACTS, ENGINE_PARITY, read_manifest, write_manifest
 from qvdit.contract.parity import load_reference, save_half
 from qvdit.contract.plan import SamplingPlan, save_plan
 from qvdit.runtimes.tensorrt import __main__ as command
@@ -150,6 +151,20 @@ def test_pytorchs_fp16_run_is_the_measure_where_it_is_there(
     else:
         with pytest.raises(QvditError, match="PyTorch's FP16 run"):
             build(exported)
+
+
+def test_a_graph_in_bf16(trt: Fake, exported: Path) -> None:
+    """TensorRT 8.6 has no such type; from 10 on PyTorch's run of the same is the measure."""
+    write_manifest(exported, dataclasses.replace(read_manifest(exported), precision="bf16"))
+    with pytest.raises(QvditError, match=r"BF16 for TensorRT 8\.6\.0; expected TensorRT 10.*--precision bf16"):
+        build(exported)
+    saved = load_reference(exported)
+    save_half(exported, saved.quantized)
+    trt.__version__ = "10.3.0"
+    (exported / "tensorrt" / plugin.LIBRARY).write_bytes(BUILT_FOR % b"10.3.0")
+    said: list[str] = []
+    build_engine(exported, BuildOptions(), say=said.append)
+    assert any("PyTorch's BF16 run" in text for text in said)
 
 
 def test_an_engine_without_the_quantized_models_error_is_another_model() -> None:

@@ -22,16 +22,16 @@ struct ModelParity {
   double cosine = 0;           // of r and q
   double error_runtime = 0;    // ‖r - f‖ / ‖f‖
   double error_reference = 0;  // ‖q - f‖ / ‖f‖
-  // Where there is an FP16 run h of PyTorch's quantized model, whose rounding is an engine's kind; negative elsewhere.
+  // Where there is a 16-bit run h of PyTorch's quantized model, whose rounding is an engine's kind; negative elsewhere.
   double error_half = -1;    // ‖h - f‖ / ‖f‖
   double half_rel_err = -1;  // ‖r - h‖ / ‖h‖
 
   // The runtime's error against full precision over the reference's: 1 is parity.
   double error_ratio() const;
   bool has_half() const { return error_half >= 0; }
-  // The same over the FP16 run's.
+  // The same over the 16-bit run's.
   double half_error_ratio() const;
-  // Whether the error is at most 10 % above the FP16 run's, or where there is none the reference's, and no more than
+  // Whether the error is at most 10 % above the 16-bit run's, or where there is none the reference's, and no more than
   // 10 % below the reference's: without its error it would be another model.
   bool passed() const;
 };

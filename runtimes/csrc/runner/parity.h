@@ -20,7 +20,7 @@ std::map<std::string, Shape> model_shapes(const SafeTensors& inputs);
 // a layer's name, or several that one node computes, between commas.
 Profile layer_profile(const std::string& port, const SafeTensors& inputs);
 
-// half: of PyTorch's FP16 run of the quantized model, or null.
+// half: of PyTorch's 16-bit run of the quantized model, or null.
 ModelParity check_model(Model& model, const SafeTensors& inputs, const SafeTensors& reference, const SafeTensors* half);
 
 // Every layer of a model of single layers on its own saved input: layers of one node have the same one as a rule, and

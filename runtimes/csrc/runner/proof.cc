@@ -53,7 +53,7 @@ std::string Proof::text() const {
   const double ratio = model.has_half() ? model.half_error_ratio() : model.error_ratio();
   text += "model    relative error " + format("%.2e", model.rel_err) + " to PyTorch's quantized model, cosine " +
           format("%.6f", model.cosine) + ", error against full precision " + format("%.3f", ratio) + " of that of " +
-          (model.has_half() ? "its FP16 run\n" : "its float32 run\n");
+          (model.has_half() ? "its 16-bit run\n" : "its float32 run\n");
   return text;
 }
 

@@ -16,11 +16,6 @@
 
 namespace qvdit {
 
-// The greatest of non-negative or NaN values over a warp: as unsigned integers, where NaN is above Inf.
-__device__ __forceinline__ float warp_max(float value) {
-  return __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(value) & 0x7fffffffu));
-}
-
 // sum + Σ q factor, spelled out: kernels of either range give the same bits, whatever the compiler would contract.
 __device__ __forceinline__ float plus_products(float sum, const float* q, float4 factor) {
   float products = __fmul_rn(q[0], factor.x);

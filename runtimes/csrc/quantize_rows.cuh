@@ -102,6 +102,11 @@ __device__ __forceinline__ float total(const float (&sums)[kChains]) {
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
+// The greatest of non-negative or NaN values over a warp: as unsigned integers, where NaN is above Inf.
+__device__ __forceinline__ float warp_max(float value) {
+  return __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(value) & 0x7fffffffu));
+}
+
 // Reductions over one row's threads, the result in all of them. Every thread of the block must come along.
 struct RowThreads {
   int warps;  // W
@@ -122,13 +127,12 @@ struct RowThreads {
     return value;
   }
 
-  // The maximum of values that are not below 0, NaN where any is NaN. Such numbers are ordered as their bits are, and
-  // NaN, as max_nan returns it, is above them all.
+  // The maximum of values that are not below 0, NaN where any is NaN.
   __device__ __forceinline__ float maximum(float value) {
-    value = warp_maximum(value);
+    value = warp_max(value);
     if (warps == 1) return value;
     share(value);
-    value = warp_maximum((*partial)[first + min(lane, warps - 1)]);
+    value = warp_max((*partial)[first + min(lane, warps - 1)]);
     ++partial;
     return value;
   }
@@ -136,10 +140,6 @@ struct RowThreads {
   __device__ __forceinline__ void share(float value) {
     if (lane == 0) (*partial)[first + warp] = value;
     __syncthreads();
-  }
-
-  static __device__ __forceinline__ float warp_maximum(float value) {
-    return __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(value)));
   }
 
   static __device__ __forceinline__ float max_nan(float a, float b) {

@@ -558,6 +558,18 @@ def test_a_build_that_is_refused(
     assert kept_files(built) == before
 
 
+def test_the_command_builds_and_refuses(trt: Fake, exported: Path, cli: Any) -> None:
+    code, out, err = cli("qvdit", "engine", exported, "--fixed", "--optimization-level", "0")
+    assert code == 0, err
+    assert "parity" in out + err
+    before = kept_files(exported)
+    trt.fail.add("memory")
+    code, _, err = cli("qvdit", "engine", exported)
+    assert code == 2
+    assert [line for line in err.splitlines() if line.startswith("error: got ")][-1].count("out of memory") == 1
+    assert kept_files(exported) == before
+
+
 @pytest.mark.parametrize(
     ("case", "words"),
     [

@@ -488,6 +488,10 @@ assert plugin.types(tensors) == [1] and plugin.configured(tensors)
 assert plugin.restored(40) is None
 assert plugin.restored().enqueued(tensors)
 tests.assert_launched(driver)
+for made, tensors in ((driver.attention(), tests.attended()), (driver.residual(), tests.summed())):
+    driver.library.fake_reset(b"", 0)
+    assert made.types(tensors) and made.configured(tensors) and made.restored().enqueued(tensors)
+    assert driver.library.fake_count() == 1
 print("registered")
 """
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}

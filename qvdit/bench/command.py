@@ -123,6 +123,11 @@ def tensorrt(
     if render is None:
         from qvdit.bench.tensorrt import prepare
 
+        if not prepare_only:  # minutes of preparing would come to nothing
+            from qvdit.runtimes.tensorrt import session, versions
+
+            session.open_device("cuda").close()
+            versions.tensorrt()
         also_low = tuple(filter(None, also_fp16.split(",")))
         prepare.prepare(prepare.Settings(*chosen, compute, seed, also_low, layers), cases, lines.say)
         if prepare_only:

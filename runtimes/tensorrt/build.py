@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from qvdit.contract import QvditError
-from qvdit.contract.bundle import ENGINE, ENGINE_PARITY, TENSORRT_LAYERS, TENSORRT_MODEL, Manifest, verify
+from qvdit.contract.bundle import (
+    ENGINE,
+    ENGINE_PARITY,
+    TENSORRT_LAYERS,
+    TENSORRT_MODEL,
+    Manifest,
+    read_manifest,
+    verify,
+)
 from qvdit.contract.files import write_atomic, write_json
 from qvdit.contract.parity import load_reference
 from qvdit.runtimes.tensorrt import plugin, versions
@@ -203,6 +211,7 @@ def build_engine(
     """
     from qvdit.runtimes.tensorrt.parity import check_engine, refuse_failed
 
+    read_manifest(bundle)  # before anything that is missing here is complained of
     trt = versions.tensorrt()
     gpu = open_device(device)
     manifest = _exported(bundle)

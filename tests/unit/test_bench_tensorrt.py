@@ -386,10 +386,12 @@ def test_a_file_of_something_else(change: dict[str, Any], run_of: Callable[..., 
 
 
 def test_the_cli_without_a_gpu(cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare, "prepare", lambda settings, root, say: [])
+    prepared: list[Path] = []
+    monkeypatch.setattr(prepare, "prepare", lambda settings, root, say: prepared.append(root))
     code, _, err = cli("qvdit", "bench", "tensorrt", "--cases", tmp_path, "--out", tmp_path / "x.json")
     assert code == 2
     assert err.startswith("error: ")
+    assert not prepared
     assert not (tmp_path / "x.json").exists()
     code, _, err = cli("qvdit", "bench", "tensorrt", "--models", "wan-2.2")
     assert code == 2

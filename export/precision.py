@@ -42,7 +42,6 @@ from qvdit.export.graph import placeholder_name
 from qvdit.export.opset import TENSORRT_OPSET
 
 LowType = Literal["float16", "bfloat16"]
-LOW_TYPES: dict[str, LowType] = {"fp16": "float16", "bf16": "bfloat16"}  # by --precision
 
 FLOAT = TensorProto.FLOAT
 _TENSOR_TYPE = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}

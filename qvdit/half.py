@@ -18,7 +18,7 @@ import torch
 
 import qvdit.runtimes
 from qvdit.contract import QvditError
-from qvdit.contract.bundle import half_name, read_manifest
+from qvdit.contract.bundle import PRECISIONS, precision_of, read_manifest
 from qvdit.contract.errors import in_one_line
 from qvdit.contract.parity import ModelParity, compare_models, load_reference, save_half
 
@@ -26,10 +26,10 @@ from qvdit.contract.parity import ModelParity, compare_models, load_reference, s
 @torch.no_grad()
 def run_half(bundle: Path, device: str = "cuda") -> ModelParity:
     """Run the quantized model in 16 bits on a bundle's saved inputs, keep its output there and compare it."""
-    dtype = torch.bfloat16 if read_manifest(bundle).precision == "bf16" else torch.float16
-    model = qvdit.runtimes.load(bundle, device=device, dtype=str(dtype).removeprefix("torch."))
+    dtype = PRECISIONS[precision_of(read_manifest(bundle))]
+    model = qvdit.runtimes.load(bundle, device=device, dtype=dtype)
     saved = load_reference(bundle)
-    output = infer(model, saved.inputs, dtype)
+    output = infer(model, saved.inputs, getattr(torch, dtype))
     save_half(bundle, output)
     return compare_models(output, saved.quantized, saved.full)
 
@@ -51,7 +51,7 @@ def main() -> int:
     try:
         for bundle in made.parse_args().bundles:
             found = run_half(bundle)
-            name = half_name(read_manifest(bundle))
+            name = precision_of(read_manifest(bundle)).upper()
             print(
                 f"{bundle}: {name} run, relative error {found.rel_err:.2e} to the quantized model's float32 run, error "
                 f"against full precision {found.error_ratio:.4f} of its",

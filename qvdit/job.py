@@ -26,6 +26,7 @@ from qvdit.contract.bundle import (
     PARITY_HALF,
     PARITY_INPUTS,
     PARITY_REFERENCE,
+    PRECISIONS,
     QDQ_MODEL,
     TENSORRT_INT4_MODEL,
     TENSORRT_LAYERS,
@@ -228,7 +229,6 @@ class Job:
     def export(self, progress: Progress) -> None:
         """Write the ONNX files, what is not quantized, and the manifest that makes the folder a bundle."""
         from qvdit.export.bundle import export_onnx
-        from qvdit.export.precision import LOW_TYPES
         from qvdit.export.tensorrt import TracedModel, export_tensorrt, export_weight_only
         from qvdit.magnitudes import largest_values
         from qvdit.models import kept
@@ -245,7 +245,7 @@ class Job:
                 example = {name: tensor.numpy() for name, tensor in self.example().items()}
                 largest = largest_values(self.work / "baseline.onnx", example, self.settings.threads)
                 traced = TracedModel(self.work / "traced.onnx", self.layers, full, largest)
-                low, own_attention = LOW_TYPES[self.settings.precision], self.settings.attention == "plugin"
+                low, own_attention = PRECISIONS[self.settings.precision], self.settings.attention == "plugin"
                 written.extend(export_tensorrt(traced, self.out, low, own_attention=own_attention))
                 written.extend(export_weight_only(traced, self.out, low) if self.settings.weight_only else [])
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from qvdit.contract import QvditError
+from qvdit.contract.bundle import PRECISIONS
 from qvdit.contract.video import VideoSize
 from qvdit.export.devices import EdgeDevice, find_device
 from qvdit.method import recipe as recipes
@@ -18,7 +19,6 @@ from qvdit.quality import Trial
 
 TARGETS = ("onnxruntime", "tensorrt")
 ATTENTIONS = ("plugin", "tensorrt")
-PRECISIONS = ("fp16", "bf16")
 _PROMPTS = {"cpu": 4, "cuda": 48}  # sampled for calibration when the user does not say
 
 
@@ -81,7 +81,7 @@ def check_graph(settings: JobSettings) -> None:
     """Refuse an ``--attention`` or ``--precision`` that there is not, or that nothing would come of."""
     for option, value, known in (
         ("--attention", settings.attention, ATTENTIONS),
-        ("--precision", settings.precision, PRECISIONS),
+        ("--precision", settings.precision, tuple(PRECISIONS)),
     ):
         if value not in known:
             raise QvditError(f"{option} {value!r}", f"one of {', '.join(known)}", f"check {option}")

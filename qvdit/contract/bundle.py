@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qvdit.contract.errors import QvditError
 from qvdit.contract.files import inside, read_json, sha256, write_json
 from qvdit.contract.video import OPTIONAL, described
 
 SCHEMA = 1
+# What TensorRT's graphs compute in where 16 bits are enough, the default first: --precision → as numpy and PyTorch say.
+PRECISIONS: dict[str, Literal["float16", "bfloat16"]] = {"fp16": "float16", "bf16": "bfloat16"}
 MANIFEST = "manifest.json"
 QDQ_MODEL, ORT_MODEL = "onnx/model.onnx", "onnx/model.ort.onnx"
 KEPT_WEIGHTS = "quantized/kept.safetensors"  # of all that is not quantized
@@ -48,9 +50,9 @@ class Manifest:
     schema: int = SCHEMA
 
 
-def half_name(manifest: Manifest) -> str:
-    """What TensorRT's graphs compute in where 16 bits are enough: FP16 or BF16."""
-    return (manifest.precision or "fp16").upper()
+def precision_of(manifest: Manifest) -> str:
+    """The key of PRECISIONS that a bundle's graphs for TensorRT are of."""
+    return manifest.precision or next(iter(PRECISIONS))
 
 
 def write_manifest(bundle: Path, manifest: Manifest) -> None:

@@ -30,7 +30,7 @@ class VideoSize:
         return f"{self.frames}x{self.height}x{self.width}"
 
 
-OPTIONAL = {"size", "precision"}
+OPTIONAL = {"size", "precision"}  # fields that JSON made before there were such does not have
 
 
 def described(value: Any) -> dict[str, Any]:

@@ -102,6 +102,12 @@ __device__ __forceinline__ float total(const float (&sums)[kChains]) {
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
+__device__ __forceinline__ float warp_sum(float value) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
+  return value;
+}
+
 // The greatest of non-negative or NaN values over a warp: as unsigned integers, where NaN is above Inf.
 __device__ __forceinline__ float warp_max(float value) {
   return __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(value) & 0x7fffffffu));
@@ -116,8 +122,7 @@ struct RowThreads {
   float (*partial)[kMaxWarps];  // [reductions so far][warp]: a place is written once, so one barrier each
 
   __device__ __forceinline__ float sum(float value) {
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
+    value = warp_sum(value);
     if (warps == 1) return value;
     share(value);
     value = 0.f;
@@ -402,13 +407,6 @@ __device__ __forceinline__ uint32_t pack_bytes(float a, float b, float c, float 
   const uint32_t low = __byte_perm(__float_as_uint(a), __float_as_uint(b), 0x0040);
   const uint32_t high = __byte_perm(__float_as_uint(c), __float_as_uint(d), 0x0040);
   return __byte_perm(low, high, 0x5410);
-}
-
-template <typename Value>
-__device__ __forceinline__ Value warp_sum(Value value) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
-  return value;
 }
 
 // x̃ of a row, for tests.

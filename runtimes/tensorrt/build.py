@@ -20,6 +20,7 @@ from qvdit.contract.bundle import (
     TENSORRT_LAYERS,
     TENSORRT_MODEL,
     Manifest,
+    precision_of,
     read_manifest,
     verify,
 )
@@ -273,7 +274,7 @@ def _exported(bundle: Path) -> Manifest:
 
 
 def _check_precision(manifest: Manifest, trt: Any) -> None:
-    if manifest.precision == "bf16" and not versions.strongly_typed(trt):
+    if precision_of(manifest) == "bf16" and not versions.strongly_typed(trt):
         raise QvditError(
             f"a graph in BF16 for TensorRT {trt.__version__}",
             "TensorRT 10 or newer",

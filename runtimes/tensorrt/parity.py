@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qvdit.contract import QvditError
-from qvdit.contract.bundle import TENSORRT_LAYERS, half_name, read_manifest
+from qvdit.contract.bundle import TENSORRT_LAYERS, precision_of, read_manifest
 from qvdit.contract.files import finite
 from qvdit.contract.parity import (
     ERROR_RATIOS,
@@ -123,7 +123,7 @@ def check_engine(
     result = summary(compared, compare_models(output, saved.quantized, saved.full))
     half = load_half(bundle)
     if half is not None:
-        result |= _against_half(output, half, saved.full) | {"half": half_name(read_manifest(bundle))}
+        result |= _against_half(output, half, saved.full) | {"half": precision_of(read_manifest(bundle)).upper()}
     name, error = standard(result)
     say(
         f"parity: {result['layers_compared']} layers, {result['xq_mismatches']} x_q and {result['acc_mismatches']} acc "

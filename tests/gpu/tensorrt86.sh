@@ -66,7 +66,8 @@ prove() {
   mkdir -p "$folder"
   IFS=, read -ra devices <<<"$gpus"
   # shellcheck disable=SC2086
-  CUDA_VISIBLE_DEVICES=${devices[SLOT % ${#devices[@]}]} timeout -k 5 "$most" bash -c 'trtpython -m qvdit.runtimes.tensorrt "$@"' _ "$bundle" --optimization-level "$level" \
+  CUDA_VISIBLE_DEVICES=${devices[SLOT % ${#devices[@]}]} timeout -k 5 "$most" \
+    bash -c 'trtpython -m qvdit.runtimes.tensorrt "$@"' _ "$bundle" --optimization-level "$level" \
     --timing-cache "$out/timing.cache" $options >"$folder/log.txt" 2>&1 || code=$?
   find "$bundle/tensorrt" -maxdepth 1 -name '*.json*' -newermt "@$begin" -exec cp -t "$folder" {} +
   echo "== $name, level $level: status $code, $(($(date +%s) - begin)) s"

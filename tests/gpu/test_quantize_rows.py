@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -193,6 +195,14 @@ def test_alpha_without_a_number_leaves_its_rank_without_and_no_other(value, quan
     assert bad.all(1).tolist() == bad.any(1).tolist() == [False, True, False]
 
 
+def assert_alike_together_and_apart(rows: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], x: torch.Tensor) -> None:
+    together, apart = rows(x), [rows(part) for part in x.split(200)]
+    for i, found in enumerate(together):
+        if found.numel():
+            expected = torch.cat([part[i] for part in apart], int(i == 3))  # u: [R, M]
+            torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("rank", [0, 1, 3, 4, 32])
@@ -211,11 +221,7 @@ def test_rows_do_not_depend_on_how_many_there_are(dtype, symmetric, rank, k):
         groups = int(Quantizer.GROUPS)
         return torch.ops.qvdit.quantize_rows(part, 8, symmetric, alpha=alpha, row_sums=True, quantizer=groups)
 
-    together, apart = rows(x), [rows(part) for part in x.split(200)]
-    for i, found in enumerate(together):
-        if found.numel():
-            expected = torch.cat([part[i] for part in apart], int(i == 3))  # u: [R, M]
-            torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    assert_alike_together_and_apart(rows, x)
 
 
 @pytest.mark.parametrize("prologue", ["plain", "gelu", "layernorm"])
@@ -231,12 +237,7 @@ def test_rows_with_what_comes_before_do_not_depend_on_how_many_there_are(prologu
     keywords = {"alpha": factors[:1], "inv_smooth": factors[1].abs(), "prologue": prologue, "row_sums": True}
     if prologue == "layernorm":
         keywords |= {"modulation_scale": factors[2:3], "modulation_shift": factors[3:]}
-    together = torch.ops.qvdit.quantize_rows(x, 8, symmetric, **keywords)
-    apart = [torch.ops.qvdit.quantize_rows(part, 8, symmetric, **keywords) for part in x.split(200)]
-    for i, found in enumerate(together):
-        if found.numel():
-            expected = torch.cat([part[i] for part in apart], int(i == 3))  # u: [R, M]
-            torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    assert_alike_together_and_apart(lambda part: torch.ops.qvdit.quantize_rows(part, 8, symmetric, **keywords), x)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

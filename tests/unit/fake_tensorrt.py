@@ -106,6 +106,7 @@ class LayerType(enum.Enum):
     CONSTANT, SHAPE, PLUGIN_V2, CAST, QUANTIZE, DEQUANTIZE, MATRIX_MULTIPLY, ELEMENTWISE, SHUFFLE = range(9)
 
 
+_OUT_OF_MEMORY = "1: [defaultAllocator.cpp] Error Code 1: Cuda Runtime (out of memory)"
 _KINDS = {onnx.TensorProto.FLOAT: DataType.FLOAT, onnx.TensorProto.FLOAT16: DataType.HALF}
 _KINDS |= {onnx.TensorProto.INT32: DataType.INT32}
 
@@ -320,7 +321,7 @@ class Fake:
                     log.log(_Severity.ERROR, "10: could not find any implementation")
                     return None
                 if "memory" in fake.fail:
-                    log.log(_Severity.ERROR, "1: [defaultAllocator.cpp] Error Code 1: Cuda Runtime (out of memory)")
+                    log.log(_Severity.ERROR, _OUT_OF_MEMORY)
                     return None
                 fake.builds.append(Path(network.path))
                 fake.shapes.append({tensor.name: tensor.shape for tensor in network.inputs})
@@ -354,7 +355,7 @@ class Fake:
         class Runtime:
             def deserialize_cuda_engine(self, plan: bytes) -> Any:
                 if "deserialize" in fake.fail:
-                    log.log(_Severity.ERROR, "1: [defaultAllocator.cpp] Error Code 1: Cuda Runtime (out of memory)")
+                    log.log(_Severity.ERROR, _OUT_OF_MEMORY)
                     return None
                 try:
                     return Engine(fake, json.loads(plan))

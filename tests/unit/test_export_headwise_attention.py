@@ -394,12 +394,17 @@ def test_what_a_wide_models_attention_reads(
 # The job --------------------------------------------------------------------------------------------------------------
 
 
+def exported(make_job: Any, out: Path, **settings: str) -> onnx.GraphProto:
+    """The graph that a job makes for TensorRT, of a bundle that is there."""
+    make_job(out, target="tensorrt", **settings).run("export")
+    return onnx.load(out / TENSORRT_MODEL, load_external_data=False).graph
+
+
 def test_attention_may_be_left_to_tensorrt(bundle: Path, make_job: Any, tmp_path: Path) -> None:
     out = shutil.copytree(bundle, tmp_path / "bundle")
     found = {}
     for attention in ("plugin", "tensorrt", "plugin"):
-        make_job(out, target="tensorrt", attention=attention).run("export")
-        nodes = onnx.load(out / TENSORRT_MODEL, load_external_data=False).graph.node
+        nodes = exported(make_job, out, attention=attention).node
         found[attention] = {kind: sum(n.op_type == kind for n in nodes) for kind in (ATTENTION, "Softmax")}
     count = found["plugin"][ATTENTION]
     assert count > 0
@@ -410,9 +415,7 @@ def test_graphs_may_be_in_bf16(bundle: Path, make_job: Any, tmp_path: Path) -> N
     out = shutil.copytree(bundle, tmp_path / "bundle")
     found = {}
     for precision in ("fp16", "bf16", "fp16"):
-        make_job(out, target="tensorrt", precision=precision).run("export")
-        values = onnx.load(out / TENSORRT_MODEL, load_external_data=False).graph.value_info
-        kinds = {value.type.tensor_type.elem_type for value in values}
+        kinds = {v.type.tensor_type.elem_type for v in exported(make_job, out, precision=precision).value_info}
         found[precision] = kinds & {TensorProto.FLOAT16, TensorProto.BFLOAT16}
         assert verify(out).precision == (None if precision == "fp16" else precision)
     assert found == {"fp16": {TensorProto.FLOAT16}, "bf16": {TensorProto.BFLOAT16}}

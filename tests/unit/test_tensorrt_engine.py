@@ -31,6 +31,7 @@ from qvdit.runtimes.tensorrt.session import TensorRtSession
 from qvdit.system import tensorrt_parts
 
 BUILT_FOR = b"\x7fELF\0qvdit LowBitLinear 3 for TensorRT %s\0"
+OF_ANOTHER_VERSION = BUILT_FOR.replace(b"Linear 3", b"Linear 1") % b"8.6.0"
 
 
 @pytest.fixture(scope="session")
@@ -364,7 +365,7 @@ def test_what_the_plugin_refused_comes_first(node: str, trt: Fake) -> None:
         (BUILT_FOR % b"10.3.0", "built for TensorRT 10.3.0"),
         (b"\x7fELF", "a build of the LowBitLinear plugin"),
         (b"", "a build of the LowBitLinear plugin"),
-        (BUILT_FOR.replace(b"Linear 3", b"Linear 1") % b"8.6.0", "version 1 of the plugin"),
+        (OF_ANOTHER_VERSION, "version 1 of the plugin"),
     ],
 )
 def test_a_plugin_that_does_not_fit(content: bytes, words: str, trt: Fake, exported: Path) -> None:
@@ -551,7 +552,7 @@ def test_a_build_that_is_refused(
     elif case == "no GPU":
         gpu.devices = 0
     elif case == "another plugin":
-        (built / "tensorrt" / plugin.LIBRARY).write_bytes(BUILT_FOR.replace(b"Linear 3", b"Linear 1") % b"8.6.0")
+        (built / "tensorrt" / plugin.LIBRARY).write_bytes(OF_ANOTHER_VERSION)
     else:
         trt.fail.add({"build": "memory", "engine": "deserialize", "run": "context"}[case.split()[-1]])
     refused(command.main, [built], capsys, words)
@@ -593,7 +594,7 @@ def test_sampling_that_is_refused(
     if case == "no GPU":
         gpu.devices = 0
     elif case == "another plugin":
-        (built / "tensorrt" / plugin.LIBRARY).write_bytes(BUILT_FOR.replace(b"Linear 3", b"Linear 1") % b"8.6.0")
+        (built / "tensorrt" / plugin.LIBRARY).write_bytes(OF_ANOTHER_VERSION)
     elif case == "truncated engine":
         (built / ENGINE).write_bytes((built / ENGINE).read_bytes()[:-1])
     elif case == "another GPU":

@@ -24,6 +24,7 @@ FRAMES = 16
 _SET_BYTES = 256e6  # of all input sets together, several times a GPU's L2: nothing is timed out of that
 _FEWEST, _MOST = 3, 64
 _MANY_ROWS = 65536  # from here on only what tells something new is timed
+POWER_BOUND_ROWS = 16384  # from here on a product runs for so long that the GPU's power limit sets its clocks
 _PROLOGUES = (Shape(32768, 1152, 1152), Shape(32768, 1152, 4608))  # an attention's input, and an MLP's second linear's
 _THREE_BITS = (*_PROLOGUES, Shape(32768, 5120, 5120))
 
@@ -102,6 +103,12 @@ def candidates(shape: Shape, tiles: bool, device: torch.device) -> list[Candidat
     ours = LowBit.random(shape, sets, shape in _THREE_BITS, device)
     made = (_peers(shape, xs, ours), _products(shape, xs, ours, tiles), _linears(shape, xs, ours))
     return [*itertools.chain(*made), *_memory_bound(shape, xs, ours)]
+
+
+def is_sustained(candidate: Candidate) -> bool:
+    """Whether it is also timed by itself for long: the products that are compared."""
+    products = (("bf16", 0), ("fp8_row", 0), ("gemm", 1))
+    return (candidate.what, candidate.rank) in products and candidate.tile is None
 
 
 def large_copy(device: torch.device) -> Candidate:

@@ -25,6 +25,9 @@ def kernels(
     quick: Annotated[bool, typer.Option("--quick", help="A handful of sizes: --shapes quick.")] = False,
     blocks: Annotated[bool, typer.Option(help="Whole transformer blocks too; they need diffusers.")] = True,
     tiles: Annotated[bool, typer.Option("--tiles", help="The GEMM with every tile too.")] = False,
+    sustained: Annotated[
+        bool, typer.Option(help="The products of many rows also by themselves, until the clocks settle.")
+    ] = True,
     repeats: Annotated[int, typer.Option(min=3, help="Timings of each, taken in turns.")] = 9,
     render: Annotated[
         Path | None, typer.Option(help="Measure nothing: tables, pictures and verdicts of a run's JSON.")
@@ -33,7 +36,8 @@ def kernels(
     """Time the CUDA kernels beside cuBLAS's bf16, int8 and fp8, CUTLASS and an unfused 4-bit linear, on this GPU.
 
     Prints TOP/s, GB/s and whether the kernels reach what they must; writes OUT after each size, and pictures.
-    Medians of repeats taken in turns, on random data, no input from the L2 cache.
+    Medians of repeats taken in turns, on random data, no input from the L2 cache; of many rows' products also by
+    themselves, since in turns all run at what clocks they leave each other within the GPU's power limit.
 
     qvdit bench kernels --quick --no-blocks --out out/bench/quick.json
 
@@ -47,7 +51,7 @@ def kernels(
         raise QvditError("--quick and --shapes", "one of them", "leave one out")
     console, path = display.console(), render or out
     if render is None:
-        settings = bench.Settings(parse(shapes or ("quick" if quick else "all")), blocks, tiles, repeats)
+        settings = bench.Settings(parse(shapes or ("quick" if quick else "all")), blocks, tiles, repeats, sustained)
         command = shlex.join(["qvdit", *sys.argv[1:]])
         try:
             found = bench.run(settings, out, command, display.Lines(console))

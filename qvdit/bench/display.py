@@ -54,6 +54,13 @@ def show(results: Results, to: Console) -> None:
             for shape in results.shapes():
                 table.add_row(*_cells(results, shape, columns))
             to.print(table)
+    if any(row.sustained for row in results.rows):
+        to.print("TOP/s, each by itself, at the clocks that the GPU's power limit leaves it:")
+        table = _sized(_SUSTAINED)
+        for shape in results.shapes():
+            if results.find(shape, "gemm", 1, sustained=True):
+                table.add_row(*_cells(results, shape, _SUSTAINED))
+        to.print(table)
     if results.blocks():
         to.print(_blocks(results))
     noisy = [row for row in results.rows if row.spread > _SPREAD]
@@ -83,17 +90,20 @@ def _figure(figure: Figure, unit: str) -> str:
 Cell = Callable[[Results, Shape], str]
 
 
-def _tops(what: str, rank: int = 0, weight_bits: int | None = None) -> Cell:
+def _tops(what: str, rank: int = 0, weight_bits: int | None = None, sustained: bool | None = None) -> Cell:
     def cell(results: Results, shape: Shape) -> str:
-        row = results.find(shape, what, rank, weight_bits)
+        row = results.find(shape, what, rank, weight_bits, sustained=sustained)
         return "" if row is None or row.tops is None else f"{row.tops:.0f}"
 
     return cell
 
 
-def _times(what: str, rank: int, weight_bits: int | None = None) -> Cell:
+def _times(
+    what: str, rank: int, weight_bits: int | None = None, against: str = "bf16", sustained: bool | None = None
+) -> Cell:
     def cell(results: Results, shape: Shape) -> str:
-        found = ratio(results.find(shape, "bf16"), results.find(shape, what, rank, weight_bits))
+        slow = results.find(shape, against, sustained=sustained)
+        found = ratio(slow, results.find(shape, what, rank, weight_bits, sustained=sustained))
         return "" if found is None else f"{found:.2f}"
 
     return cell
@@ -162,6 +172,16 @@ _MEMORY: tuple[tuple[str, Cell], ...] = (
     ("GELU", _rate("quantize", 1, "gelu")),
     ("LN", _rate("quantize", 1, "layernorm")),
     ("unpack w4", _rate("unpack", weight_bits=4)),
+)
+
+
+_SUSTAINED: tuple[tuple[str, Cell], ...] = (
+    ("M x N x K", lambda _, shape: str(shape)),
+    ("bf16", _tops("bf16", sustained=True)),
+    ("fp8", _tops("fp8_row", sustained=True)),
+    ("GEMM r1", _tops("gemm", 1, sustained=True)),
+    ("/ bf16", _times("gemm", 1, against="bf16", sustained=True)),
+    ("/ fp8", _times("gemm", 1, against="fp8_row", sustained=True)),
 )
 
 

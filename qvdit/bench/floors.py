@@ -94,6 +94,12 @@ def _products(results: Results) -> Iterator[Verdict]:
     )
     yield _at_least(results, "GEMM, whole epilogue: above fp8 scaled by rows", "x", faster("fp8_row"), lambda s: 1.0)
 
+    def sustained(shape: Shape) -> float | None:
+        return ratio(results.find(shape, "fp8_row", sustained=True), results.find(shape, "gemm", 1, sustained=True))
+
+    text = "GEMM, whole epilogue: above fp8, each at the clocks that it keeps up, M >= 16384"
+    yield _at_least(results, text, "x", sustained, lambda s: 1.0)
+
 
 def _linears(results: Results) -> Iterator[Verdict]:
     def faster(shape: Shape) -> float | None:

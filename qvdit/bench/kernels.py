@@ -17,6 +17,8 @@ from qvdit.bench.shapes import Shape
 from qvdit.contract import QvditError
 from qvdit.system import tool_versions
 
+_ROUNDS, _SECONDS = 2, 0.4  # of what runs by itself: some tenths of a second until its clocks are settled
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -26,6 +28,7 @@ class Settings:
     blocks: bool
     tiles: bool  # the GEMM with every tile too
     repeats: int
+    sustained: bool = True  # many rows' products by themselves for long, too
 
 
 class Watch(Protocol):
@@ -46,8 +49,13 @@ def run(settings: Settings, out: Path, command: str, watch: Watch) -> Results:
     device = torch.device("cuda")
 
     def shape_rows(shape: Shape) -> list[Row]:
-        chosen = candidates.candidates(shape, settings.tiles, device)
-        return timing.timed(chosen, shape, candidates.input_sets(shape), settings.repeats, watch.say)
+        chosen, sets = candidates.candidates(shape, settings.tiles, device), candidates.input_sets(shape)
+        rows = timing.timed(chosen, shape, sets, settings.repeats, watch.say)
+        if settings.sustained and shape.m >= candidates.POWER_BOUND_ROWS:
+            ran = {(row.what, row.rank, row.tile) for row in rows}
+            long = [c for c in chosen if candidates.is_sustained(c) and (c.what, c.rank, c.tile) in ran]
+            rows += timing.sustained(long, shape, sets, _ROUNDS, _SECONDS)
+        return rows
 
     def block_rows(make: Callable[[], blocks.Block]) -> list[Row]:
         try:

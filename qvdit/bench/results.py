@@ -32,6 +32,7 @@ class Row:
     tile: str | None = None  # the GEMM's, where one was forced
     prologue: str | None = None  # the quantizer's, where it is not plain
     parts_ms: dict[str, float] | None = None  # of a block: where the time goes
+    sustained: bool | None = None  # True: by itself, at the clocks that the GPU's power limit leaves it; None: in turns
 
     @property
     def shape(self) -> Shape:
@@ -70,13 +71,20 @@ class Results:
         return list(dict.fromkeys(row.shape for row in self.rows if not row.what.startswith("block_")))
 
     def find(
-        self, shape: Shape, what: str, rank: int = 0, weight_bits: int | None = None, prologue: str | None = None
+        self,
+        shape: Shape,
+        what: str,
+        rank: int = 0,
+        weight_bits: int | None = None,
+        prologue: str | None = None,
+        sustained: bool | None = None,
     ) -> Row | None:
         """What was timed at a size; of several forced tiles the fastest."""
         found = [
             row
             for row in self.rows
             if (row.shape, row.what, row.rank, row.prologue) == (shape, what, rank, prologue)
+            and row.sustained == sustained
             and weight_bits in (None, row.weight_bits)
             and (row.tile is None or what == "cutlass_s8")
         ]

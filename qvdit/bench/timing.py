@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from qvdit.bench.results import Row
 from qvdit.bench.shapes import Shape
-from qvdit.bench.turns import in_turns, summary
+from qvdit.bench.turns import for_long, in_turns, summary
 from qvdit.contract import QvditError
 
 
@@ -66,6 +66,14 @@ def timed(
             reason = (str(error) or type(error).__name__).splitlines()[0]
             say(f"left out at {shape}: {candidate}: {reason}")
     return [candidate.row(shape, times) for candidate, times in in_turns(timers, repeats).items()]
+
+
+def sustained(candidates: Sequence[Candidate], shape: Shape, calls: int, rounds: int, seconds: float) -> list[Row]:
+    """A row for every candidate by itself, at the clocks that it keeps up."""
+    pool = torch.cuda.graph_pool_handle()
+    timers = {candidate: captured(candidate.call, calls, pool) for candidate in candidates}
+    times = for_long(timers, rounds, seconds)
+    return [replace(candidate.row(shape, found), sustained=True) for candidate, found in times.items()]
 
 
 def captured(call: Callable[[int], object], calls: int, pool: Any) -> Callable[[], float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
@@ -18,6 +19,27 @@ def in_turns(timers: Mapping[Name, Callable[[], float]], repeats: int) -> dict[N
             taken = timer()
             if round_ >= WARM_UPS:
                 times[name].append(taken)
+    return times
+
+
+def for_long(
+    timers: Mapping[Name, Callable[[], float]],
+    rounds: int,
+    seconds: float,
+    clock: Callable[[], float] = time.monotonic,
+) -> dict[Name, list[float]]:
+    """Every timer's times, in turns that each last so many seconds; of a turn the second half counts.
+
+    A GPU lowers its clocks until what runs keeps within its power limit, which takes it some tenths of a second. In
+    short turns all run at what clocks they leave each other.
+    """
+    times: dict[Name, list[float]] = {name: [] for name in timers}
+    for _ in range(rounds):
+        for name, timer in timers.items():
+            begin, found = clock(), []
+            while clock() < begin + seconds:
+                found.append(timer())
+            times[name] += found[len(found) // 2 :]
     return times
 
 

@@ -3,7 +3,7 @@
 //
 // Ping-pong: each of the two warpgroups has a tile and its epilogue for itself, one after the other. Clusters of 2 x 1:
 // two tiles beside each other in M share their slice of the weights by multicast. Persistent grid, one block a
-// multiprocessor. Cooperative warpgroups, tiles of 256 rows or columns, other clusters and rasters all lost, on an H100
+// multiprocessor. Cooperative warpgroups, tiles of 256 rows or columns and other clusters all lost, on an H100
 // at every shape of `qvdit bench kernels` (2026-11-25).
 //
 // It starts early, as dependent_launch.cuh has it: the warp that loads waits, the others for what that one loads.
@@ -56,9 +56,9 @@ struct WgmmaGemm {
   using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
 
   // Blocks take tiles row by row of so many pairs of tiles above each other. Where rows of tiles are wide, what runs at
-  // once then reads less of the weights, which L2 may not hold: µs for 32768 x 12288 x 3072 1836 and 1784, x 13824 x 5120
-  // 3583 and 3414, in turns on an H200 (2026-11-28); of 16 tiles a row it gained nothing. CUTLASS rounds the tiles'
-  // numbers up to multiples of it, so it must fit: 27 as 32 cost a fifth.
+  // once then reads less of the weights, which L2 may not hold: µs for 32768 x 12288 x 3072 1836 and 1784, x 13824 x
+  // 5120 3583 and 3414, in turns on an H200 (2026-11-28); of 16 tiles a row it gained nothing. CUTLASS rounds the
+  // tiles' numbers up to multiples of it, so it must fit: 27 as 32 cost a fifth.
   static int tiles_aside(const qvdit_gemm_args& args) {
     constexpr int64_t kWide = 32;
     const int64_t rows = (args.m + kBlockM - 1) / kBlockM, columns = (args.n + kBlockN - 1) / kBlockN;

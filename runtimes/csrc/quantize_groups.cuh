@@ -411,7 +411,7 @@ __global__ void __maxnreg__(kStaged ? 96 : kUnstagedRegisters)
     }
 #pragma unroll 1
     for (int set = 0, sets = shape.sets(rank); set < sets; ++set) {
-      // Of a single group's products two in turns, or each would wait for the last: 450 µs for 478 (32768 x 12288).
+      // Of a single group's products two in turns, or each would wait for the last: 450 µs for 478 of 32768 x 12288.
       int sums[4] = {}, others[4] = {};
 #pragma unroll
       for (int v = 0; v < kVectors; ++v) {

@@ -152,6 +152,28 @@ def test_turns_and_summaries():
     assert turns.summary([4.0, 1.0, 2.0, 3.0, 5.0]) == (3.0, 1.0)
 
 
+def test_long_turns_count_from_the_middle():
+    now = 0.0
+
+    def timer(name: str, ms: float):
+        def time() -> float:
+            nonlocal now
+            now += 1.0
+            return ms + now
+
+        return time
+
+    times = turns.for_long({"a": timer("a", 0.0), "b": timer("b", 100.0)}, 2, 4.0, lambda: now)
+    assert times == {"a": [3.0, 4.0, 11.0, 12.0], "b": [107.0, 108.0, 115.0, 116.0]}
+
+
+@pytest.mark.usefixtures("eager")
+def test_the_products_that_are_compared_are_sustained():
+    found = candidates.candidates(Shape(64, 96, 64), True, torch.device("cpu"))
+    kept = {(c.what, c.rank, c.tile) for c in found if candidates.is_sustained(c)}
+    assert kept == {("bf16", 0, None), ("fp8_row", 0, None), ("gemm", 1, None)}
+
+
 def test_a_candidate_becomes_a_row():
     product = timing.Candidate("gemm", print, 8, 8, 1, "WGMMA_128X128", operations=2e9)
     found = product.row(Shape(1000, 1000, 1000), [1.0, 1.0, 1.0])
@@ -227,9 +249,11 @@ def test_finding_rows():
         row(WIDE, "linear", 1.3, 1, 3),
         row(WIDE, "linear", 1.2, 1, 4),
         row(WIDE, "quantize", 0.3, 1, prologue="gelu", gb_s=1.0),
+        row(WIDE, "gemm", 0.7, 1, 8, sustained=True),
     ]
     found = measured(*rows)
     assert found.find(WIDE, "gemm", 1) == rows[1]  # forced tiles are asides
+    assert found.find(WIDE, "gemm", 1, sustained=True) == rows[7]
     assert found.find(WIDE, "cutlass_s8") == rows[3]
     assert found.find(WIDE, "linear", 1, 4) == rows[5]
     assert found.find(WIDE, "linear", 1, 3) == rows[4]
@@ -247,7 +271,7 @@ def verdict(found: Results, start: str) -> floors.Verdict:
 
 
 def test_nothing_measured_is_no_verdict():
-    assert [v.met for v in floors.verdicts(measured())] == [None] * 14
+    assert [v.met for v in floors.verdicts(measured())] == [None] * 15
 
 
 def test_floors_met_and_missed():
@@ -272,7 +296,10 @@ def test_each_floor_is_held_to_its_bound():
     assert not verdict(slow, "whole linear, 4-bit weights: 1.2x").met
     assert verdict(slow, "whole linear, 4-bit weights: never").met
     assert not verdict(measured(*all_of(WIDE, linear=2.1)), "whole linear, 4-bit weights: never").met
-    assert not verdict(measured(*all_of(WIDE, gemm=1.31)), "GEMM, whole epilogue: above fp8").met
+    assert not verdict(measured(*all_of(WIDE, gemm=1.31)), "GEMM, whole epilogue: above fp8 scaled").met
+    for ms, met in ((1.29, True), (1.31, False)):
+        by_itself = [replace(each, sustained=True) for each in all_of(WIDE, gemm=ms)]
+        assert verdict(measured(*all_of(WIDE), *by_itself), "GEMM, whole epilogue: above fp8, each").met == met
 
 
 @pytest.mark.parametrize(("shape", "rank", "most"), [(WIDE, 1, 2), (NARROW, 1, 5), (WIDE, 4, 5), (NARROW, 4, 13)])
@@ -325,6 +352,10 @@ def test_tables_and_verdicts():
     assert "not measured: whole blocks" in text
     assert "block_wan_1_3b w4a8 " in text
     assert "87%" not in shown(measured(*all_of(WIDE), gpu="NVIDIA Unknown"))
+    assert "by itself" not in text
+    by_itself = [replace(each, sustained=True) for each in all_of(WIDE, gemm=1.25)]
+    lines = shown(measured(*all_of(WIDE), *by_itself)).split("by itself")[1].splitlines()
+    assert lines[2].split()[5:] == ["859", "1322", "1374", "1.60", "1.04"]
 
 
 def test_a_missed_floor_names_every_size_that_misses():

@@ -412,22 +412,20 @@ __global__ void __maxnreg__(kStaged ? 96 : kUnstagedRegisters)
 #pragma unroll 1
     for (int set = 0, sets = shape.sets(rank); set < sets; ++set) {
       // Of a single group's products two in turns, or each would wait for the last: 450 µs for 478 of 32768 x 12288.
-      constexpr int kTurns = kStaged ? 1 : 2;
-      int sums[kTurns][4] = {};
+      int sums[4] = {}, others[4] = {};
 #pragma unroll
-      for (int v = 0; v < kVectors; ++v) multiply_add(sums[v % kTurns], digits[(v * sets + set) * 32], bytes[v]);
-      if constexpr (kTurns == 2) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sums[0][i] += sums[1][i];
+      for (int v = 0; v < kVectors; ++v) {
+        multiply_add(!kStaged && v % 2 ? others : sums, digits[(v * sets + set) * 32], bytes[v]);
       }
-      // sums[0][i] is of row (lane / 4 + 8 (i / 2)) and column 2 (lane % 4) + i % 2 of the product.
+      // sums[i] is of row (lane / 4 + 8 (i / 2)) and column 2 (lane % 4) + i % 2 of the product.
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int column = 2 * (lane % 4) + i % 2;
         const int slot = kSlots * set + lane / 16 + 2 * (i / 2), digit = lane / 4 % kDigits;
         const int r = slot >> shape.log2_segments(), in_group = column & (shape.rows() - 1);
         if (r < rank && (slot & (shape.segments() - 1)) == column >> shape.log2_rows) {
-          atomicAdd(&products[((of * shape.rows() + in_group) * rank + r) * kDigits + digit], sums[0][i]);
+          atomicAdd(&products[((of * shape.rows() + in_group) * rank + r) * kDigits + digit],
+                    kStaged ? sums[i] : sums[i] + others[i]);
         }
       }
     }

@@ -586,7 +586,7 @@ def _say_report(report: dict[str, Any]) -> None:
         f"size     {size['ratio']:.3f} of FP16, {size['effective_weight_bits']:.2f} bits a weight, everything counted"
     )
     console.print(
-        f"speed    forward {speed['fp32_ms']:.0f} → {speed['quantized_ms']:.0f} ms, "
+        f"speed    forward {speed['fp32_ms']:.0f} → {speed['quantized_ms']:.0f} ms (spread {speed['spread']:.0%}), "
         f"a 1152 x 4608 linear {speed['linear_fp32_ms']:.0f} → {speed['linear_quantized_ms']:.0f} ms"
     )
     if quality["psnr_db"] is not None:

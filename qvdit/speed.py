@@ -22,8 +22,8 @@ from qvdit.runtimes.onnxruntime import session
 
 LINEAR = (4608, 1152)  # N, K of a linear of STDiT-XL's size
 LINEAR_TOKENS = 1024
-_REPEATS = 11  # of a forward pass
-_LINEAR_REPEATS = 31
+_BOUTS = 5  # a machine that does something else meanwhile does it for longer than a few passes take
+_REPEATS, _LINEAR_REPEATS = 3, 7  # of a forward pass and of a linear, in a bout
 
 
 def measure_speed(
@@ -31,19 +31,21 @@ def measure_speed(
 ) -> dict[str, Any]:
     """Milliseconds of a forward pass of both models, and of one 1152 x 4608 linear quantized like ``like``.
 
-    Medians of interleaved repeats; ``spread`` is the larger interquartile range over its median.
+    Both are timed in turns, in several bouts; medians over these. ``spread`` is how far apart the bouts' medians of a
+    pass lie, over their median, and the larger of the two models'.
     """
     models = [session(path, threads) for path in (full, quantized)]
-    progress(0, 2)
-    forward = interleaved([partial(s.run, None, inputs) for s in models])
-    progress(1, 2)
     rng = np.random.default_rng(0)
     x = {"x": rng.standard_normal((1, LINEAR_TOKENS, LINEAR[1]), dtype=np.float32)}
     pair = [session(model.SerializeToString(), threads) for model in _linear_models(like, rng)]
-    linear = interleaved([partial(s.run, None, x) for s in pair], _LINEAR_REPEATS)
-    progress(2, 2)
-    (fp32, fp32_spread), (low, low_spread) = forward
-    (linear_fp32, _), (linear_low, _) = linear
+    forward, linear = [], []
+    for bout in range(_BOUTS):
+        progress(bout, _BOUTS)
+        forward.append(interleaved([partial(s.run, None, inputs) for s in models], _REPEATS))
+        linear.append(interleaved([partial(s.run, None, x) for s in pair], _LINEAR_REPEATS))
+    progress(_BOUTS, _BOUTS)
+    (fp32, fp32_spread), (low, low_spread) = over_bouts(forward)
+    (linear_fp32, _), (linear_low, _) = over_bouts(linear)
     return {
         "threads": threads,
         "fp32_ms": fp32,
@@ -56,7 +58,16 @@ def measure_speed(
     }
 
 
-def interleaved(calls: list[Callable[[], object]], repeats: int = _REPEATS) -> list[tuple[float, float]]:
+def over_bouts(bouts: list[list[tuple[float, float]]]) -> list[tuple[float, float]]:
+    """(median of the bouts' medians, what lies between the least and the greatest of them over it) of each call."""
+    results = []
+    for medians in zip(*([median for median, _ in bout] for bout in bouts), strict=True):
+        median = statistics.median(medians)
+        results.append((median, round((max(medians) - min(medians)) / median, 4)))
+    return results
+
+
+def interleaved(calls: list[Callable[[], object]], repeats: int) -> list[tuple[float, float]]:
     """(median in ms, interquartile range / median) of each call, taken in turns so that drift hits all alike."""
     times: list[list[float]] = [[] for _ in calls]
     for round_ in range(repeats + 1):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,7 +24,7 @@ FRAMES = 16
 _SET_BYTES = 256e6  # of all input sets together, several times a GPU's L2: nothing is timed out of that
 _FEWEST, _MOST = 3, 64
 _MANY_ROWS = 65536  # from here on only what tells something new is timed
-POWER_BOUND_ROWS = 16384  # from here on a product runs for so long that the GPU's power limit sets its clocks
+SUSTAINED_ROWS = 16384  # from here on products keep the whole GPU busy, and its power limit sets their clocks
 _PROLOGUES = (Shape(32768, 1152, 1152), Shape(32768, 1152, 4608))  # an attention's input, and an MLP's second linear's
 _THREE_BITS = (*_PROLOGUES, Shape(32768, 5120, 5120))
 
@@ -105,10 +105,11 @@ def candidates(shape: Shape, tiles: bool, device: torch.device) -> list[Candidat
     return [*itertools.chain(*made), *_memory_bound(shape, xs, ours)]
 
 
-def is_sustained(candidate: Candidate) -> bool:
-    """Whether it is also timed by itself for long: the products that are compared."""
+def sustained(chosen: Sequence[Candidate], shape: Shape) -> list[Candidate]:
+    """Those that are timed by themselves for long, too: of many rows the products that are compared."""
     products = (("bf16", 0), ("fp8_row", 0), ("gemm", 1))
-    return (candidate.what, candidate.rank) in products and candidate.tile is None
+    many = shape.m >= SUSTAINED_ROWS
+    return [each for each in chosen if many and (each.what, each.rank) in products and each.tile is None]
 
 
 def large_copy(device: torch.device) -> Candidate:

@@ -54,12 +54,11 @@ def show(results: Results, to: Console) -> None:
             for shape in results.shapes():
                 table.add_row(*_cells(results, shape, columns))
             to.print(table)
-    if any(row.sustained for row in results.rows):
+    if long := list(dict.fromkeys(row.shape for row in results.rows if row.sustained)):
         to.print("TOP/s, each by itself, at the clocks that the GPU's power limit leaves it:")
         table = _sized(_SUSTAINED)
-        for shape in results.shapes():
-            if results.find(shape, "gemm", 1, sustained=True):
-                table.add_row(*_cells(results, shape, _SUSTAINED))
+        for shape in long:
+            table.add_row(*_cells(results, shape, _SUSTAINED))
         to.print(table)
     if results.blocks():
         to.print(_blocks(results))
@@ -90,7 +89,7 @@ def _figure(figure: Figure, unit: str) -> str:
 Cell = Callable[[Results, Shape], str]
 
 
-def _tops(what: str, rank: int = 0, weight_bits: int | None = None, sustained: bool | None = None) -> Cell:
+def _tops(what: str, rank: int = 0, weight_bits: int | None = None, sustained: bool = False) -> Cell:
     def cell(results: Results, shape: Shape) -> str:
         row = results.find(shape, what, rank, weight_bits, sustained=sustained)
         return "" if row is None or row.tops is None else f"{row.tops:.0f}"
@@ -99,7 +98,7 @@ def _tops(what: str, rank: int = 0, weight_bits: int | None = None, sustained: b
 
 
 def _times(
-    what: str, rank: int, weight_bits: int | None = None, against: str = "bf16", sustained: bool | None = None
+    what: str, rank: int, weight_bits: int | None = None, against: str = "bf16", sustained: bool = False
 ) -> Cell:
     def cell(results: Results, shape: Shape) -> str:
         slow = results.find(shape, against, sustained=sustained)

@@ -17,7 +17,7 @@ from qvdit.bench.shapes import Shape
 from qvdit.contract import QvditError
 from qvdit.system import tool_versions
 
-_ROUNDS, _SECONDS = 2, 0.4  # of what runs by itself: some tenths of a second until its clocks are settled
+_ROUNDS, _SECONDS = 2, 1.0  # of what runs by itself: some tenths of a second until its clocks are settled
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,8 @@ def run(settings: Settings, out: Path, command: str, watch: Watch) -> Results:
     def shape_rows(shape: Shape) -> list[Row]:
         chosen, sets = candidates.candidates(shape, settings.tiles, device), candidates.input_sets(shape)
         rows = timing.timed(chosen, shape, sets, settings.repeats, watch.say)
-        if settings.sustained and shape.m >= candidates.POWER_BOUND_ROWS:
-            ran = {(row.what, row.rank, row.tile) for row in rows}
-            long = [c for c in chosen if candidates.is_sustained(c) and (c.what, c.rank, c.tile) in ran]
-            rows += timing.sustained(long, shape, sets, _ROUNDS, _SECONDS)
+        if settings.sustained and (long := candidates.sustained(chosen, shape)):
+            rows += timing.sustained(long, shape, sets, _ROUNDS, _SECONDS, watch.say)
         return rows
 
     def block_rows(make: Callable[[], blocks.Block]) -> list[Row]:

@@ -32,7 +32,7 @@ class Row:
     tile: str | None = None  # the GEMM's, where one was forced
     prologue: str | None = None  # the quantizer's, where it is not plain
     parts_ms: dict[str, float] | None = None  # of a block: where the time goes
-    sustained: bool | None = None  # True: by itself, at the clocks that the GPU's power limit leaves it; None: in turns
+    sustained: bool | None = None  # True: by itself, at the clocks that the GPU's power limit leaves it; else in turns
 
     @property
     def shape(self) -> Shape:
@@ -77,14 +77,14 @@ class Results:
         rank: int = 0,
         weight_bits: int | None = None,
         prologue: str | None = None,
-        sustained: bool | None = None,
+        sustained: bool = False,
     ) -> Row | None:
-        """What was timed at a size; of several forced tiles the fastest."""
+        """What was timed at a size, in turns or by itself (``sustained``); of several forced tiles the fastest."""
         found = [
             row
             for row in self.rows
             if (row.shape, row.what, row.rank, row.prologue) == (shape, what, rank, prologue)
-            and row.sustained == sustained
+            and bool(row.sustained) == sustained
             and weight_bits in (None, row.weight_bits)
             and (row.tile is None or what == "cutlass_s8")
         ]

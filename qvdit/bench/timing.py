@@ -56,6 +56,23 @@ def timed(
     candidates: Sequence[Candidate], shape: Shape, calls: int, repeats: int, say: Callable[[str], None]
 ) -> list[Row]:
     """A row for every candidate that runs here; what does not run is said, with its reason."""
+    timers = _timers(candidates, shape, calls, say)
+    return [candidate.row(shape, times) for candidate, times in in_turns(timers, repeats).items()]
+
+
+def sustained(
+    candidates: Sequence[Candidate], shape: Shape, calls: int, rounds: int, seconds: float, say: Callable[[str], None]
+) -> list[Row]:
+    """As :func:`timed`, each by itself for so many seconds in every round, at the clocks that it keeps up."""
+    timers = _timers(candidates, shape, calls, say)
+    times = for_long(timers, rounds, seconds)
+    return [replace(candidate.row(shape, found), sustained=True) for candidate, found in times.items()]
+
+
+def _timers(
+    candidates: Sequence[Candidate], shape: Shape, calls: int, say: Callable[[str], None]
+) -> dict[Candidate, Callable[[], float]]:
+    """A timer for every candidate that runs here."""
     pool = torch.cuda.graph_pool_handle()  # one for all: what a graph leaves is never read
     timers = {}
     for candidate in candidates:
@@ -65,15 +82,7 @@ def timed(
             torch.cuda.synchronize()  # a GPU that is beyond use says so here
             reason = (str(error) or type(error).__name__).splitlines()[0]
             say(f"left out at {shape}: {candidate}: {reason}")
-    return [candidate.row(shape, times) for candidate, times in in_turns(timers, repeats).items()]
-
-
-def sustained(candidates: Sequence[Candidate], shape: Shape, calls: int, rounds: int, seconds: float) -> list[Row]:
-    """A row for every candidate by itself, at the clocks that it keeps up."""
-    pool = torch.cuda.graph_pool_handle()
-    timers = {candidate: captured(candidate.call, calls, pool) for candidate in candidates}
-    times = for_long(timers, rounds, seconds)
-    return [replace(candidate.row(shape, found), sustained=True) for candidate, found in times.items()]
+    return timers
 
 
 def captured(call: Callable[[int], object], calls: int, pool: Any) -> Callable[[], float]:

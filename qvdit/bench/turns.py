@@ -28,7 +28,7 @@ def for_long(
     seconds: float,
     clock: Callable[[], float] = time.monotonic,
 ) -> dict[Name, list[float]]:
-    """Every timer's times, in turns that each last so many seconds; of a turn the second half counts.
+    """Every timer's times, in turns that each last so many seconds; what begins in a turn's second half counts.
 
     A GPU lowers its clocks until what runs keeps within its power limit, which takes it some tenths of a second. In
     short turns all run at what clocks they leave each other.
@@ -36,10 +36,13 @@ def for_long(
     times: dict[Name, list[float]] = {name: [] for name in timers}
     for _ in range(rounds):
         for name, timer in timers.items():
-            begin, found = clock(), []
-            while clock() < begin + seconds:
-                found.append(timer())
-            times[name] += found[len(found) // 2 :]
+            begin = clock()
+            while clock() < begin + seconds / 2:
+                timer()
+            while True:  # once at least
+                times[name].append(timer())
+                if clock() >= begin + seconds:
+                    break
     return times
 
 

@@ -55,18 +55,19 @@ struct WgmmaGemm {
   using Kernel = cutlass::gemm::kernel::GemmUniversal<cute::Shape<int, int, int, int>, Mainloop, Epilogue>;
   using Gemm = cutlass::gemm::device::GemmUniversalAdapter<Kernel>;
 
-  // Blocks take tiles row by row of so many pairs of tiles above each other. Where rows of tiles are wide, what runs at
-  // once then reads less of the weights, which L2 may not hold: µs for 32768 x 12288 x 3072 1836 and 1784, x 13824 x
-  // 5120 3583 and 3414, in turns on an H200 (2026-11-28); of 16 tiles a row it gained nothing. CUTLASS rounds the
-  // tiles' numbers up to multiples of it, so it must fit: 27 as 32 cost a fifth.
+  // Blocks take tiles in strips of so many pairs (of rows of tiles; of columns where there are more of these). Of wide
+  // outputs what runs at once then reads less of the weights, which L2 may not hold: µs for 32768 x 12288 x 3072 1836
+  // and 1784, x 13824 x 5120 3583 and 3414, in turns on an H200 (2026-11-28). N = 3072 gained nothing, and tiles of 96
+  // columns lost 4 to 6 % at N of 7680 and 12288. CUTLASS rounds the tiles' numbers up to multiples of it, of which it
+  // may waste 1 %: 27 as 32 cost a fifth.
   static int tiles_aside(const qvdit_gemm_args& args) {
-    constexpr int64_t kWide = 32;
+    constexpr int64_t kWide = 6144;
     const int64_t rows = (args.m + kBlockM - 1) / kBlockM, columns = (args.n + kBlockN - 1) / kBlockN;
     const auto tiles = [&](int64_t aside) {
       return (rows + 2 * aside - 1) / (2 * aside) * (2 * aside) * ((columns + aside - 1) / aside * aside);
     };
     for (const int aside : {8, 4, 2}) {
-      if (columns >= kWide && 100 * tiles(aside) <= 101 * tiles(1)) return aside;
+      if (kBlockN >= 128 && args.n >= kWide && 100 * tiles(aside) <= 101 * tiles(1)) return aside;
     }
     return 1;
   }

@@ -211,14 +211,15 @@ def test_outputs_are_within_rounding(size, rank, dtype, bits, parts):
         assert_close(run(layer, x, max(m // 3, 1), tile), reference, terms)
 
 
-@pytest.mark.parametrize(("m", "n"), [(1, 192), (129, 264), (257, 520), (1000, 1152), (6001, 1160)])
+@pytest.mark.parametrize(("m", "n"), [(1, 192), (129, 264), (257, 520), (1000, 1152), (6001, 1160), (2048, 7680)])
 @pytest.mark.parametrize("k", [64, 1000])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_integers_come_through_outputs_of_16_bits(m, n, k, symmetric, bits):
     """Scales of 1 and accumulators that float16 holds: what tiles without int32 outputs are checked by.
 
-    The last size has several tiles for each multiprocessor. Weights of 8 bits have zero points.
+    6001 x 1160 has several tiles for each multiprocessor, of 2048 x 7680 they are taken in strips. Weights of 8 bits
+    have zero points.
     """
     rng = np.random.default_rng(m)
     x = np.zeros((m, k), np.float32)

@@ -224,6 +224,22 @@ def test_rows_do_not_depend_on_how_many_there_are(dtype, symmetric, rank, k):
     assert_alike_together_and_apart(rows, x)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("m", [512, 700, 1024])
+@pytest.mark.parametrize("k", [40, 1152, 3072, 5120, 12288])
+def test_few_rows_beside_each_other(symmetric, m, k):
+    """Few rows of rank 1, of which each block has several: what they give a few at a time."""
+    generator = torch.Generator("cuda").manual_seed(8)
+    x = torch.randn(m, k, generator=generator, device="cuda").bfloat16()
+    x[m // 3, k // 2] = torch.nan
+    alpha = torch.randn(1, k, generator=generator, device="cuda")
+
+    def rows(part: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.ops.qvdit.quantize_rows(part, 8, symmetric, alpha=alpha, row_sums=True)
+
+    assert_alike_together_and_apart(rows, x)
+
+
 @pytest.mark.parametrize("prologue", ["plain", "gelu", "layernorm"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -165,13 +165,15 @@ def test_long_turns_count_from_the_middle():
 
     times = turns.for_long({"a": timer("a", 0.0), "b": timer("b", 100.0)}, 2, 4.0, lambda: now)
     assert times == {"a": [3.0, 4.0, 11.0, 12.0], "b": [107.0, 108.0, 115.0, 116.0]}
+    assert len(turns.for_long({"a": timer("a", 0.0)}, 2, 0.1, lambda: now)["a"]) == 2  # once a round at least
 
 
 @pytest.mark.usefixtures("eager")
 def test_the_products_that_are_compared_are_sustained():
     found = candidates.candidates(Shape(64, 96, 64), True, torch.device("cpu"))
-    kept = {(c.what, c.rank, c.tile) for c in found if candidates.is_sustained(c)}
+    kept = {(c.what, c.rank, c.tile) for c in candidates.sustained(found, MLP)}
     assert kept == {("bf16", 0, None), ("fp8_row", 0, None), ("gemm", 1, None)}
+    assert not candidates.sustained(found, Shape(512, 1152, 4608))
 
 
 def test_a_candidate_becomes_a_row():
@@ -356,6 +358,7 @@ def test_tables_and_verdicts():
     by_itself = [replace(each, sustained=True) for each in all_of(WIDE, gemm=1.25)]
     lines = shown(measured(*all_of(WIDE), *by_itself)).split("by itself")[1].splitlines()
     assert lines[2].split()[5:] == ["859", "1322", "1374", "1.60", "1.04"]
+    assert "1322" in shown(measured(by_itself[1])).split("by itself")[1]  # ours was left out
 
 
 def test_a_missed_floor_names_every_size_that_misses():

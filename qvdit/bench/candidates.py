@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -105,7 +105,7 @@ def candidates(shape: Shape, tiles: bool, device: torch.device) -> list[Candidat
     return [*itertools.chain(*made), *_memory_bound(shape, xs, ours)]
 
 
-def sustained(chosen: Sequence[Candidate], shape: Shape) -> list[Candidate]:
+def sustained(chosen: Iterable[Candidate], shape: Shape) -> list[Candidate]:
     """Those that are timed by themselves for long, too: of many rows the products that are compared."""
     products = (("bf16", 0), ("fp8_row", 0), ("gemm", 1))
     many = shape.m >= SUSTAINED_ROWS

@@ -35,9 +35,7 @@ class Lines:
 
     def measured(self, results: Results, rows: Sequence[Row]) -> None:
         for shape in dict.fromkeys(row.shape for row in rows if not row.what.startswith("block_")):
-            table = _sized(_SPEED, header=not self.begun)
-            table.add_row(*_cells(results, shape, _SPEED))
-            self.to.print(table)
+            self.to.print(_filled(results, [shape], _SPEED, header=not self.begun))
             self.begun = True
         for row in rows:
             if row.what.startswith("block_"):
@@ -50,16 +48,10 @@ def show(results: Results, to: Console) -> None:
     to.print(f"copy: {results.copy_tb_s:.2f} TB/s, read and written. TOP/s unless said otherwise.")
     for columns in (_SPEED, _MEMORY):
         if results.shapes():
-            table = _sized(columns)
-            for shape in results.shapes():
-                table.add_row(*_cells(results, shape, columns))
-            to.print(table)
+            to.print(_filled(results, results.shapes(), columns))
     if long := list(dict.fromkeys(row.shape for row in results.rows if row.sustained)):
         to.print("TOP/s, each by itself, at the clocks that the GPU's power limit leaves it:")
-        table = _sized(_SUSTAINED)
-        for shape in long:
-            table.add_row(*_cells(results, shape, _SUSTAINED))
-        to.print(table)
+        to.print(_filled(results, long, _SUSTAINED))
     if results.blocks():
         to.print(_blocks(results))
     noisy = [row for row in results.rows if row.spread > _SPREAD]
@@ -179,21 +171,21 @@ _SUSTAINED: tuple[tuple[str, Cell], ...] = (
     ("bf16", _tops("bf16", sustained=True)),
     ("fp8", _tops("fp8_row", sustained=True)),
     ("GEMM r1", _tops("gemm", 1, sustained=True)),
-    ("/ bf16", _times("gemm", 1, against="bf16", sustained=True)),
+    ("/ bf16", _times("gemm", 1, sustained=True)),
     ("/ fp8", _times("gemm", 1, against="fp8_row", sustained=True)),
 )
 
 
-def _sized(columns: Sequence[tuple[str, Cell]], header: bool = True) -> Table:
-    """A table of columns as wide as any size needs, so that lines printed one by one stand below each other."""
+def _filled(
+    results: Results, shapes: Sequence[Shape], columns: Sequence[tuple[str, Cell]], header: bool = True
+) -> Table:
+    """A line for each size, columns as wide as any size needs: lines printed one by one stand below each other."""
     table = Table(box=None, show_header=header, padding=(0, 1), header_style="bold")
     for i, (heading, _) in enumerate(columns):
         table.add_column(heading, justify="right" if i else "left", width=22 if i == 0 else 7, no_wrap=False)
+    for shape in shapes:
+        table.add_row(*(cell(results, shape) for _, cell in columns))
     return table
-
-
-def _cells(results: Results, shape: Shape, columns: Sequence[tuple[str, Cell]]) -> list[str]:
-    return [cell(results, shape) for _, cell in columns]
 
 
 def _blocks(results: Results) -> Table:

@@ -77,8 +77,10 @@ def verdicts(results: Results) -> list[Verdict]:
 
 
 def _products(results: Results) -> Iterator[Verdict]:
-    def faster(than: str) -> Measure:
-        return lambda s: ratio(results.find(s, than), results.find(s, "gemm", 1))
+    def faster(than: str, sustained: bool = False) -> Measure:
+        return lambda s: ratio(
+            results.find(s, than, sustained=sustained), results.find(s, "gemm", 1, sustained=sustained)
+        )
 
     def tops(shape: Shape) -> float | None:
         row = results.find(shape, "gemm", 1)
@@ -94,11 +96,13 @@ def _products(results: Results) -> Iterator[Verdict]:
     )
     yield _at_least(results, "GEMM, whole epilogue: above fp8 scaled by rows", "x", faster("fp8_row"), lambda s: 1.0)
 
-    def sustained(shape: Shape) -> float | None:
-        return ratio(results.find(shape, "fp8_row", sustained=True), results.find(shape, "gemm", 1, sustained=True))
-
-    text = "GEMM, whole epilogue: above fp8, each at the clocks that it keeps up, M >= 16384"
-    yield _at_least(results, text, "x", sustained, lambda s: 1.0 if s.m >= 16384 else None)
+    yield _at_least(
+        results,
+        "GEMM, whole epilogue: above fp8, each at the clocks that it keeps up, M >= 16384",
+        "x",
+        faster("fp8_row", sustained=True),
+        lambda s: 1.0 if s.m >= 16384 else None,
+    )
 
 
 def _linears(results: Results) -> Iterator[Verdict]:

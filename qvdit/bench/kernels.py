@@ -28,7 +28,7 @@ class Settings:
     blocks: bool
     tiles: bool  # the GEMM with every tile too
     repeats: int
-    sustained: bool = True  # many rows' products by themselves for long, too
+    sustained: bool  # many rows' products by themselves for long, too
 
 
 class Watch(Protocol):
@@ -49,10 +49,12 @@ def run(settings: Settings, out: Path, command: str, watch: Watch) -> Results:
     device = torch.device("cuda")
 
     def shape_rows(shape: Shape) -> list[Row]:
-        chosen, sets = candidates.candidates(shape, settings.tiles, device), candidates.input_sets(shape)
-        rows = timing.timed(chosen, shape, sets, settings.repeats, watch.say)
-        if settings.sustained and (long := candidates.sustained(chosen, shape)):
-            rows += timing.sustained(long, shape, sets, _ROUNDS, _SECONDS, watch.say)
+        chosen = candidates.candidates(shape, settings.tiles, device)
+        timers = timing.ready(chosen, shape, candidates.input_sets(shape), watch.say)
+        rows = timing.timed(timers, shape, settings.repeats)
+        if settings.sustained:
+            long = {candidate: timers[candidate] for candidate in candidates.sustained(timers, shape)}
+            rows += timing.sustained(long, shape, _ROUNDS, _SECONDS)
         return rows
 
     def block_rows(make: Callable[[], blocks.Block]) -> list[Row]:
@@ -65,7 +67,9 @@ def run(settings: Settings, out: Path, command: str, watch: Watch) -> Results:
 
     # A peer is compiled once for every N and K, more often than PyTorch thinks good for one function.
     with torch._dynamo.config.patch(recompile_limit=256):
-        copied = timing.timed([candidates.large_copy(device)], Shape(0, 0, 0), 1, settings.repeats, watch.say)
+        nowhere = Shape(0, 0, 0)
+        copy = timing.ready([candidates.large_copy(device)], nowhere, 1, watch.say)
+        copied = timing.timed(copy, nowhere, settings.repeats)
         jobs: list[Callable[[], list[Row]]] = [partial(shape_rows, shape) for shape in settings.shapes]
         if settings.blocks:
             jobs += [partial(block_rows, make) for make in blocks.BLOCKS]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,27 +52,24 @@ class Candidate:
         return " ".join(part for part in (self.what, *parts) if part)
 
 
-def timed(
-    candidates: Sequence[Candidate], shape: Shape, calls: int, repeats: int, say: Callable[[str], None]
-) -> list[Row]:
-    """A row for every candidate that runs here; what does not run is said, with its reason."""
-    timers = _timers(candidates, shape, calls, say)
+Timers = Mapping[Candidate, Callable[[], float]]
+
+
+def timed(timers: Timers, shape: Shape, repeats: int) -> list[Row]:
+    """A row for each, timed in turns."""
     return [candidate.row(shape, times) for candidate, times in in_turns(timers, repeats).items()]
 
 
-def sustained(
-    candidates: Sequence[Candidate], shape: Shape, calls: int, rounds: int, seconds: float, say: Callable[[str], None]
-) -> list[Row]:
-    """As :func:`timed`, each by itself for so many seconds in every round, at the clocks that it keeps up."""
-    timers = _timers(candidates, shape, calls, say)
+def sustained(timers: Timers, shape: Shape, rounds: int, seconds: float) -> list[Row]:
+    """A row for each by itself, for so many seconds in every round, at the clocks that it keeps up."""
     times = for_long(timers, rounds, seconds)
     return [replace(candidate.row(shape, found), sustained=True) for candidate, found in times.items()]
 
 
-def _timers(
+def ready(
     candidates: Sequence[Candidate], shape: Shape, calls: int, say: Callable[[str], None]
 ) -> dict[Candidate, Callable[[], float]]:
-    """A timer for every candidate that runs here."""
+    """A timer for every candidate that runs here; what does not run is said, with its reason."""
     pool = torch.cuda.graph_pool_handle()  # one for all: what a graph leaves is never read
     timers = {}
     for candidate in candidates:

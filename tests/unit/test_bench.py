@@ -197,6 +197,32 @@ class Watch:
         self.seen.append(len(results.rows))
 
 
+@pytest.mark.parametrize("sustained", [True, False])
+def test_a_run_times_in_turns_and_by_themselves(sustained: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    few = Shape(512, 1152, 1152)
+    chosen = [timing.Candidate(what, print, rank=rank) for what, rank in (("bf16", 0), ("gemm", 1), ("linear", 1))]
+    captured: list[str] = []
+
+    def timer_of(call, calls, pool):
+        captured.append("one")
+        return lambda: 1.0
+
+    monkeypatch.setattr(kernels, "check_machine", lambda: None)
+    monkeypatch.setattr(kernels, "about", lambda command, copied: measured())
+    monkeypatch.setattr(kernels, "_SECONDS", 0.0)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(timing, "captured", timer_of)
+    monkeypatch.setattr(candidates, "candidates", lambda shape, tiles, device: chosen)
+    monkeypatch.setattr(candidates, "large_copy", lambda device: timing.Candidate("copy", print, moved=2.0))
+    settings = kernels.Settings((MLP, few), blocks=False, tiles=False, repeats=3, sustained=sustained)
+    found = kernels.run(settings, tmp_path / "kernels.json", "qvdit bench kernels", Watch())
+    assert [row.what for row in found.rows if not row.sustained] == ["bf16", "gemm", "linear"] * 2
+    by_itself = [(row.shape, row.what) for row in found.rows if row.sustained]
+    assert by_itself == ([(MLP, "bf16"), (MLP, "gemm")] if sustained else [])
+    assert len(captured) == 1 + 2 * len(chosen)  # each once
+    assert results.load(tmp_path / "kernels.json") == found
+
+
 def test_a_stopped_run_keeps_what_it_measured(tmp_path: Path):
     def stopped() -> list[Row]:
         raise KeyboardInterrupt

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from qvdit.contract import QvditError
 
-ABI = 7  # QVDIT_ABI
+ABI = 8  # QVDIT_ABI
 STORED_ZERO = 128  # asymmetric x_q and z_x are stored less this, to fit int8
 
 VARIABLE = "QVDIT_KERNELS"  # names the library's file
@@ -40,13 +40,6 @@ class Dtype(IntEnum):
     F16 = 1
     BF16 = 2
     S32 = 3
-
-
-class Quantizer(IntEnum):
-    """Which kernel quantizes; GROUPS, for tests, several rows at once wherever that is possible."""
-
-    AUTO = 0
-    GROUPS = 1
 
 
 class Tile(IntEnum):
@@ -93,8 +86,6 @@ class QuantizeArgs(ctypes.Structure):
         ("u", _POINTER),
         ("row_sum", _POINTER),
         ("transformed", _POINTER),
-        ("quantizer", _INT),
-        ("reserved", _INT),
     )
 
 

@@ -51,15 +51,14 @@ def quantize_rows(
     modulation_shift: torch.Tensor | None = None,
     epsilon: float = 1e-6,
     rotation: int = 0,
-    quantizer: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Steps 1 and 2 of LowBitLinear for x [..., K], float32, float16 or bfloat16.
 
-    inv_smooth: float32 [K]. alpha: float32 [R, K], transposed. frame_gain: float32 [T], for row m that of frame
-    (m // tokens_per_frame) mod T; or [S, T], for S linears that read the same x, each with R / S of alpha's rows.
+    inv_smooth: float32 [K]. alpha: float32 [R, K], transposed; numbers of float16, as layers hold them, are faster.
+    frame_gain: float32 [T], for row m that of frame (m // tokens_per_frame) mod T; or [S, T], for S linears that read
+    the same x, each with R / S of alpha's rows.
     prologue: plain, gelu (tanh) or layernorm (without weights, then · (1 + modulation_scale) + modulation_shift,
     float32 [B, K], B dividing M; their rows may be apart). rotation: features a block of the Walsh-Hadamard transform.
-    quantizer: of qvdit.runtimes.cuda.Quantizer, for tests.
     Returns x_q int8 [M, K_pad], asymmetric ones less 128; scale float32 [M]; zero int32 [M], the zero point of what is
     stored, [0] if symmetric; u float32 [R, M]; row_sum int32 [M], Σ (x_q - zero), [0] unless ``row_sums``.
     """
@@ -77,7 +76,6 @@ def quantize_rows(
         (modulation_scale, modulation_shift),
         epsilon,
         rotation,
-        quantizer=quantizer,
     )
     launch("quantize_rows", x, arguments)
     return outputs
@@ -98,7 +96,6 @@ def _(
     modulation_shift: torch.Tensor | None = None,
     epsilon: float = 1e-6,
     rotation: int = 0,
-    quantizer: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     return _quantized(x, symmetric, alpha, row_sums)
 
@@ -252,7 +249,6 @@ def quantize_arguments(
     epsilon: float = 1e-6,
     rotation: int = 0,
     transformed: torch.Tensor | None = None,
-    quantizer: int = 0,
 ) -> cuda.QuantizeArgs:
     """As for :func:`quantize_rows`, into its results; x dense. ``transformed``, float32 [M, K], receives x̃."""
     _check_devices(x, inv_smooth, alpha, frame_gain, *modulation)
@@ -295,7 +291,6 @@ def quantize_arguments(
         u=_pointer(u, torch.float32),
         row_sum=_pointer(row_sum, torch.int32),
         transformed=_pointer(transformed, torch.float32, (m, k)),
-        quantizer=quantizer,
     )
 
 

@@ -45,8 +45,8 @@ class LowBit:
     weight: list[torch.Tensor]  # int8 [N, K]: the 4-bit words, unpacked
     scale: torch.Tensor  # float32 [N]
     bias: torch.Tensor  # float32 [N]
-    alpha: torch.Tensor  # float32 [4, K]
-    beta: torch.Tensor  # float32 [4, N]
+    alpha: torch.Tensor  # float32 [4, K], numbers of float16, as layers hold them
+    beta: torch.Tensor  # float32 [4, N], too
     gain: torch.Tensor  # float32 [T]
     modulation: torch.Tensor  # float32 [2, K]
 
@@ -65,8 +65,8 @@ class LowBit:
             weight=[torch_ops.unpack_weight(w, 4, k, None, False)[0] for w in packed[4]],
             scale=torch.rand(n, device=device) / k,
             bias=torch.randn(n, device=device),
-            alpha=torch.randn(4, k, device=device),
-            beta=torch.randn(4, n, device=device) / k,
+            alpha=torch.randn(4, k, device=device).half().float(),
+            beta=(torch.randn(4, n, device=device) / k).half().float(),
             gain=torch.rand(FRAMES, device=device),
             modulation=torch.randn(2, k, device=device),
         )

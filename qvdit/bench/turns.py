@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,11 +13,16 @@ WARM_UPS = 2  # rounds that are not counted: clocks rise, caches fill
 
 
 def in_turns(timers: Mapping[Name, Callable[[], float]], repeats: int) -> dict[Name, list[float]]:
-    """Every timer's times, taken in turns so that drift and heat hit all alike."""
+    """Every timer's times, taken in turns so that drift and heat hit all alike.
+
+    Each round has an order of its own, the same in every run: clocks and caches are as whatever ran before leaves them.
+    """
     times: dict[Name, list[float]] = {name: [] for name in timers}
+    order, shuffler = list(timers), random.Random(0)
     for round_ in range(WARM_UPS + repeats):
-        for name, timer in timers.items():
-            taken = timer()
+        shuffler.shuffle(order)
+        for name in order:
+            taken = timers[name]()
             if round_ >= WARM_UPS:
                 times[name].append(taken)
     return times

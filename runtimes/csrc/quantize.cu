@@ -5,12 +5,6 @@
 
 namespace {
 
-// From so many on groups of rows are faster at rank 4, of fewer a row for itself: alpha's digits take some µs. On an
-// H200, 2026-11-28, µs of groups and of rows: 8.8 and 6.1 for 512 x 1152, 13.4 and 12.8 for 4096 x 1152, 18 and 21 for
-// 8192 x 1152; 13.5 and 8.7 for 1024 x 3072, 26 and 26 for 4096 x 3072; 16 and 14 for 1024 x 5120, 22 and 23 for
-// 2048 x 5120. Other ranks were not measured.
-constexpr int64_t kManyElements = 7 << 20;
-
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 int32_t check(const qvdit_quantize_args& args) {
@@ -34,8 +28,6 @@ int32_t check(const qvdit_quantize_args& args) {
       rotation == 0 ||
           (rotation > 0 && rotation <= qvdit::kMaxRotation && (rotation & (rotation - 1)) == 0 && k % rotation == 0),
       "a rotation of blocks of %lld; a power of two to %d that divides K = %lld", rotation, qvdit::kMaxRotation, k);
-  QVDIT_REQUIRE(args.quantizer == QVDIT_QUANTIZER_AUTO || args.quantizer == QVDIT_QUANTIZER_GROUPS, "quantizer %d",
-                args.quantizer);
   QVDIT_REQUIRE(aligned(args.x_q), "x_q is not on a multiple of 16 bytes");
   const bool modulated = args.modulation_scale || args.modulation_shift;
   QVDIT_REQUIRE(!modulated || args.prologue == QVDIT_LAYERNORM, "a modulation without a LayerNorm");
@@ -131,11 +123,9 @@ extern "C" int32_t qvdit_quantize_rows(const qvdit_quantize_args* args, void* st
     if (args->rank <= 1) {
       return args->x_dtype == QVDIT_F16 ? qvdit::quantize_f16(params, on) : qvdit::quantize_bf16(params, on);
     }
-    if (args->m * args->k >= kManyElements || args->quantizer == QVDIT_QUANTIZER_GROUPS) {
-      bool fits = false;
-      const int32_t status = qvdit::quantize_groups(params, fits, on);
-      if (fits) return status;
-    }
+    bool fits = false;
+    const int32_t status = qvdit::quantize_groups(params, fits, on);
+    if (fits) return status;
   }
   switch (args->prologue) {
     case QVDIT_PLAIN:

@@ -1,24 +1,21 @@
-// Per-token quantization of 16-bit rows as they are, with a low-rank term of rank 2 and more: the term is an int8
+// Per-token quantization of 16-bit rows as they are, with a low-rank term of rank 2 and more: the term is a float16
 // product of the tensor cores, which costs next to nothing. Rows come in groups of 8, 4 or 2, in the registers of
 // one to sixteen warps.
 //
 //   device memory: 3 bytes an element, plus 4 + 4 R bytes a row.
-//   instructions, an element: about 1 (convert) + 0.5 (range) + 4 (quotient) + 1 (pack, store), + 1 where asymmetric,
-//   and 0.25 for every four ranks in groups of eight rows, for every rank in groups of two.
-//   µs for 32768 rows of bf16 at rank 4 on an H200 (2026-11-28), with float32 products in the registers, and so:
-//   K = 1152: 49, 42 | 3072: 136, 107 | 4608: 206, 138 | 5120: 236, 161. Splitting alpha costs each block some µs:
-//   quantize.cu leaves few rows to the other kernel.
+//   instructions, an element: about 1 (convert) + 0.5 (range) + 4 (quotient) + 1 (pack, store) + 1.5 (float16), + 1
+//   where asymmetric, and 0.25 for every four ranks in groups of eight rows, for every rank in groups of two.
 //
-// A warp's lanes are those of the column operand of mma.m16n8k32: lane 4 c + t holds 8 elements of column c, beside
-// those of the lanes t of the same c. The 8 columns are the group's rows, or, where it has fewer, rows times parts of
-// them. Which of a column's 32 elements the product takes first does not matter.
+// A warp's lanes are those of the row operand of mma.m16n8k16: lane 4 c + t holds 8 elements of line c, beside those of
+// the lanes t of the same c; four enter the product in its row c, four in row c + 8. The 8 lines are the group's rows,
+// or, where it has fewer, rows times parts of them. Which of a line's elements the product takes first does not matter.
+// Its 8 columns are four slots, each a rank of one segment, times the two halves of a lane's elements.
 //
-// The next rows come while these are computed: to shared memory, or, where alpha leaves no room for them there (four
-// ranks of K = 12288), to registers of a single group a multiprocessor.
+// x_q - zero is a number of float16, and so is alpha as layers hold it: their products are exact, and are summed up in
+// float32, in an order that depends on K alone. Where any alpha is no such number, the rank's term is float32 products.
+// alpha becomes float16 once a block.
 //
-// alpha enters as integers of 32 bits, alpha ≈ q step with |q| <= 2^30, split into four signed bytes; so
-// Σ (x_q - zero) q is exact, and does not depend on the order of its terms. The bytes are 16 rows of the other operand:
-// four ranks of one segment, or one rank of four segments. They are made once a block.
+// The next rows come to shared memory while these are computed.
 //
 //   grid: as many blocks as run at once, each group goes on to further rows; a block is 32 W threads x groups.
 #pragma once
@@ -29,19 +26,11 @@
 
 namespace qvdit {
 
-constexpr int kColumns = 8;              // of the product, a warp's
-constexpr int kColumnLanes = 4;          // hold a column's
-constexpr int kSegment = 32;             // elements of a column
-constexpr int kDigits = 4;               // bytes of alpha's integers
-constexpr int kSlots = 4;                // times digits: rows of the product
-constexpr float kAlphaLevels = 1 << 30;  // of alpha's integers; the top digit is at most 64
-constexpr int kTileBytes = 32 * 16;      // a warp's operand of 16 x 32 bytes, 16 of them a lane's
-constexpr int kMaxGroups = kMaxWarps;    // a block
-constexpr int kUnstagedVectors = 8;      // a thread's, where the next rows wait in registers
-constexpr int kUnstagedRegisters = 160;  // which leave as many warps
-constexpr int kMaxUnstagedWarps = 12;
-constexpr int kMinUnstagedWarps = 8;  // of the one group on a multiprocessor: fewer would wait too long for each other
-static_assert(kMaxUnstagedWarps * 32 * kUnstagedRegisters <= 1 << 16);
+constexpr int kLines = 8;              // of the product, a warp's: rows times segments
+constexpr int kLineLanes = 4;          // hold a line's
+constexpr int kSegment = 32;           // elements of a line, in a vector
+constexpr int kSlots = 4;              // of a product
+constexpr int kMaxGroups = kMaxWarps;  // a block
 
 // How rows lie in warps.
 struct GroupShape {
@@ -51,12 +40,29 @@ struct GroupShape {
   __host__ __device__ int rows() const { return 1 << log2_rows; }
   __host__ __device__ int log2_segments() const { return 3 - log2_rows; }
   __host__ __device__ int segments() const { return 1 << log2_segments(); }
-  // Products of 16 x 8 for every 8 columns of 32 elements.
+  // Pieces of a row, one of each warp and segment.
+  __host__ __device__ int pieces() const { return warps << log2_segments(); }
+  // Products for every vector of a warp.
   __host__ __device__ int sets(int rank) const { return (rank * segments() + kSlots - 1) / kSlots; }
-  // Bytes of shared memory: alpha's digits, for all groups; a group's sums of the low-rank term in two iterations.
-  __host__ __device__ int alpha_bytes(int rank, int vectors) const { return sets(rank) * warps * vectors * kTileBytes; }
-  __host__ __device__ int sum_bytes(int rank) const { return 2 * rank * rows() * kDigits * 4; }
+  // Bytes of shared memory: a rank's alpha, for all groups; a group's parts of the low-rank term in two iterations.
+  __host__ __device__ int rank_bytes(int vectors) const { return odd_lines(pieces() * piece_bytes(vectors)); }
+  __host__ __device__ int alpha_bytes(int rank, int vectors) const { return rank * rank_bytes(vectors); }
+  __host__ __device__ int sum_bytes(int rank) const { return 2 * pieces() * rank * rows() * 4; }
+
+  // alpha of a piece. What lanes read at once is 64 bytes of two slots, in banks of their own.
+  static __host__ __device__ constexpr int piece_bytes(int vectors) { return odd_lines(vectors * kSegment * 2); }
+  static __host__ __device__ constexpr int odd_lines(int bytes) { return bytes | 64; }
 };
+
+__device__ __forceinline__ uint32_t half_pair(float a, float b) {
+  const __half2 pair = __floats2half2_rn(a, b);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+
+__device__ __forceinline__ float line_sum(float value) {
+  value += __shfl_xor_sync(0xffffffffu, value, 1);
+  return value + __shfl_xor_sync(0xffffffffu, value, 2);
+}
 
 // A group's elements as a thread holds them: vector v is at k(v) … k(v) + 7 of its row, 0 from K on; two a word, as
 // they came.
@@ -78,6 +84,29 @@ struct GroupValues {
   __device__ __forceinline__ void clear() {
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) words[v] = make_uint4(0, 0, 0, 0);
+  }
+
+  // Instead of vector v its integers q - kRounder as float16, in the order of the product's operand: rows c and c + 8
+  // in turns.
+  __device__ __forceinline__ void keep_integers(int v, const float (&q)[kVector]) {
+    const auto pair = [&](int i) {
+      const uint32_t halves = __byte_perm(__float_as_uint(q[i]), __float_as_uint(q[i + 1]), 0x5410);
+      const __half2 integers = __hsub2(reinterpret_cast<const __half2&>(halves), __float2half2_rn(kHalfRounder));
+      return reinterpret_cast<const uint32_t&>(integers);
+    };
+    words[v] = make_uint4(pair(0), pair(4), pair(2), pair(6));
+  }
+
+  // Σ of such integers, over the lanes of a line; eight of them are at most 2040, which float16 holds.
+  __device__ __forceinline__ int sum() const {
+    float sum = 0.f;
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const __half2(&pairs)[4] = reinterpret_cast<const __half2(&)[4]>(words[v]);
+      const float2 of_pairs = __half22float2(__hadd2(__hadd2(pairs[0], pairs[1]), __hadd2(pairs[2], pairs[3])));
+      sum += of_pairs.x + of_pairs.y;
+    }
+    return static_cast<int>(line_sum(sum));
   }
 };
 
@@ -117,11 +146,11 @@ struct GroupThreads {
   GroupShape shape;
   int group, warp, lane;  // of the block, of the group, of the warp
 
-  __device__ __forceinline__ int column() const { return lane / kColumnLanes; }
-  __device__ __forceinline__ int row() const { return column() & (shape.rows() - 1); }
-  __device__ __forceinline__ int segment() const { return column() >> shape.log2_rows; }
+  __device__ __forceinline__ int line() const { return lane / kLineLanes; }
+  __device__ __forceinline__ int row() const { return line() & (shape.rows() - 1); }
+  __device__ __forceinline__ int segment() const { return line() >> shape.log2_rows; }
   // One lane for each row of the group.
-  __device__ __forceinline__ bool first_of_row() const { return lane % kColumnLanes == 0 && column() < shape.rows(); }
+  __device__ __forceinline__ bool first_of_row() const { return lane % kLineLanes == 0 && line() < shape.rows(); }
 
   __device__ __forceinline__ void meet() const {
     if (shape.warps == 1) {
@@ -135,7 +164,7 @@ struct GroupThreads {
   __device__ __forceinline__ float warp_max(float value) const {
     value = RowThreads::max_nan(value, __shfl_xor_sync(0xffffffffu, value, 1));
     value = RowThreads::max_nan(value, __shfl_xor_sync(0xffffffffu, value, 2));
-    for (int apart = kColumnLanes << shape.log2_rows; apart < 32; apart *= 2) {
+    for (int apart = kLineLanes << shape.log2_rows; apart < 32; apart *= 2) {
       value = RowThreads::max_nan(value, __shfl_xor_sync(0xffffffffu, value, apart));
     }
     return value;
@@ -144,180 +173,145 @@ struct GroupThreads {
 
 // What the threads of a group tell each other. Scales and sums are read one iteration later.
 struct GroupShared {
-  uint32_t range[3][2][kColumns];  // [iteration mod 3][highest, lowest][row], bits of floats >= 0
-  float scale[2][kColumns];        // [iteration mod 2][row]
-  int zero[2][kColumns];
-  int row_sum[2][kColumns];
+  uint32_t range[3][2][kLines];  // [iteration mod 3][highest, lowest][row], bits of floats >= 0
+  float scale[2][kLines];        // [iteration mod 2][row]
+  int row_sum[2][kLines];
 };
 
-// What a block knows of alpha.
-struct AlphaShared {
-  uint32_t most[kMaxRank];           // bits of max |alpha|, by rank
-  float step[kMaxRank];              // alpha's integers times this are alpha; NaN where any alpha is no number
-  int digit_sum[kMaxRank][kDigits];  // Σ_k of the digits
-};
-
-// round(x), of magnitude 2^30 at most, as Σ_i digit[i] 256^i with digits from -128 to 127: each but the highest is a
-// byte of the sum with 128 in its place, less 128.
-__device__ __forceinline__ uint32_t signed_digits(float x) {
-  constexpr uint32_t kHalves = 0x00808080u;
-  return (static_cast<uint32_t>(__float2int_rn(x)) + kHalves) ^ kHalves;
-}
-
-// alpha as digits, in the order in which the product takes them. Everybody of the block comes along.
-template <bool kSymmetric, int kVectors>
-__device__ __forceinline__ void split_alpha(const qvdit_quantize_args& args, const GroupShape& shape, uint32_t* digits,
-                                            AlphaShared& shared) {
+// alpha as float16, piece by piece, 0 from K on; whether it is that. Everybody of the block comes along.
+template <int kVectors>
+__device__ __forceinline__ bool halve_alpha(const qvdit_quantize_args& args, const GroupShape& shape, char* to) {
+  constexpr int kPiece = kVectors * kSegment / kVector;  // vectors
+  constexpr int kAtOnce = 4;                             // ranks: a thread has few loads, and waits for memory
   const int features = static_cast<int>(args.k), rank = static_cast<int>(args.rank);
   const int thread = threadIdx.y * blockDim.x + threadIdx.x, threads = blockDim.x * blockDim.y;
-  for (int i = thread; i < rank * kDigits; i += threads) {
-    shared.digit_sum[i / kDigits][i % kDigits] = 0;
-    if (i % kDigits == 0) shared.most[i / kDigits] = 0;
-  }
-  __syncthreads();
-  // Four loads on their way at once: a block has a few of them for each thread, and waits for memory.
-  const auto for_all = [&](const float* alpha, auto&& use) {
-    for (int first = 4 * thread; first < features; first += 4 * 4 * threads) {
-      float4 loaded[4];
+  bool same = true;
+  for (int i = thread; i < shape.pieces() * kPiece; i += threads) {
+    const int piece = i / kPiece, k = i * kVector;
+    char* const at = to + piece * GroupShape::piece_bytes(kVectors) + i % kPiece * 16;
+    for (int first = 0; first < rank; first += kAtOnce) {
+      float4 eight[kAtOnce][2];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int k = first + 4 * i * threads;
-        loaded[i] = k < features ? __ldg(reinterpret_cast<const float4*>(alpha + k)) : make_float4(0.f, 0.f, 0.f, 0.f);
-      }
+      for (int r = 0; r < kAtOnce; ++r) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (first + 4 * i * threads < features) use(first + 4 * i * threads, loaded[i]);
-      }
-    }
-  };
-  for (int r = 0; r < rank; ++r) {
-    float most = 0.f;
-    for_all(args.alpha + static_cast<int64_t>(r) * features, [&](int, const float4& four) {
-      most = RowThreads::max_nan(RowThreads::max_nan(most, fabsf(four.x)), fabsf(four.y));
-      most = RowThreads::max_nan(RowThreads::max_nan(most, fabsf(four.z)), fabsf(four.w));
-    });
-    const uint32_t whole = __reduce_max_sync(0xffffffffu, __float_as_uint(most) & 0x7fffffffu);  // NaN is above Inf
-    if (thread % 32 == 0) atomicMax(&shared.most[r], whole);
-  }
-  __syncthreads();
-  const int sets = shape.sets(rank);
-  for (int r = 0; r < rank; ++r) {
-    // Far below what float32 tells apart from 0 in a product the integers have fewer bits, lest the factor overflow.
-    const float most = __uint_as_float(shared.most[r]), factor = fminf(__fdiv_rn(kAlphaLevels, most), 0x1p126f);
-    if (thread == 0) shared.step[r] = isfinite(most) ? __frcp_rn(factor) : __int_as_float(0x7fffffff);
-    int sums[kDigits] = {};
-    for_all(args.alpha + static_cast<int64_t>(r) * features, [&](int k, const float4& four) {
-      const uint32_t a = signed_digits(four.x * factor), b = signed_digits(four.y * factor);
-      const uint32_t c = signed_digits(four.z * factor), d = signed_digits(four.w * factor);
-      // The same digit of the four beside each other.
-      const uint32_t low_ab = __byte_perm(a, b, 0x5140), low_cd = __byte_perm(c, d, 0x5140);
-      const uint32_t high_ab = __byte_perm(a, b, 0x7362), high_cd = __byte_perm(c, d, 0x7362);
-      const uint32_t words[kDigits] = {__byte_perm(low_ab, low_cd, 0x5410), __byte_perm(low_ab, low_cd, 0x7632),
-                                       __byte_perm(high_ab, high_cd, 0x5410), __byte_perm(high_ab, high_cd, 0x7632)};
-      if constexpr (!kSymmetric) {
-#pragma unroll
-        for (int digit = 0; digit < kDigits; ++digit) {
-          sums[digit] = __dp4a(static_cast<int>(words[digit]), 0x01010101, sums[digit]);
+        for (int half = 0; half < 2; ++half) {
+          const float* const from = args.alpha + static_cast<int64_t>(first + r) * features + k + 4 * half;
+          eight[r][half] = first + r < rank && k < features ? __ldg(reinterpret_cast<const float4*>(from))
+                                                            : make_float4(0.f, 0.f, 0.f, 0.f);
         }
       }
-      // These four are half of what a lane holds of vector v of a segment.
-      const int v = k / kSegment % kVectors, whole = k / (kSegment * kVectors), upper = k % kVector / 4;
-      const int segment = whole & (shape.segments() - 1), warp = whole >> shape.log2_segments();
-      const int lane = k % kSegment / kVector, slot = (r << shape.log2_segments()) + segment;
-      uint32_t* tile = digits + ((warp * kVectors + v) * sets + slot / kSlots) * (kTileBytes / 4);
-      // Row kDigits · slot + i of the product has an eighth of the lanes, and half of their words.
 #pragma unroll
-      for (int i = 0; i < kDigits; ++i) {
-        const int row = kDigits * (slot % kSlots) + i;
-        tile[(row % 8 * kColumnLanes + lane) * 4 + row / 8 + 2 * upper] = words[i];
-      }
-    });
-    if constexpr (!kSymmetric) {
+      for (int r = 0; r < kAtOnce; ++r) {
+        if (first + r >= rank) break;
+        uint32_t words[4];
 #pragma unroll
-      for (int d = 0; d < kDigits; ++d) {
-        const int whole = __reduce_add_sync(0xffffffffu, sums[d]);
-        if (thread % 32 == 0) atomicAdd(&shared.digit_sum[r][d], whole);
+        for (int pair = 0; pair < 4; ++pair) {
+          const float4& four = eight[r][pair / 2];
+          const float a = pair % 2 ? four.z : four.x, b = pair % 2 ? four.w : four.y;
+          words[pair] = half_pair(a, b);
+          const float2 back = Halves<__half>::floats(words[pair]);
+          same = same && back.x == a && back.y == b;
+        }
+        *reinterpret_cast<uint4*>(at + (first + r) * shape.rank_bytes(kVectors)) =
+            make_uint4(words[0], words[1], words[2], words[3]);
       }
     }
   }
-  __syncthreads();
+  return __syncthreads_and(same);
 }
 
-__device__ __forceinline__ void multiply_add(int (&sums)[4], const uint4& a, const uint2& b) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+// Σ (x_q - zero) alpha over the lanes of a line, of what this thread has stored; the first so many are inside the row.
+// Not inlined: it is seldom called, and would take registers from the loop over rows.
+template <int kVectors>
+__device__ __noinline__ float stored_product(const int8_t* x_q, int stored_zero, const float* alpha, int inside) {
+  float sum = 0.f;
+#pragma unroll 1
+  for (int k = 0; k < min(inside, kVectors * kSegment); k += kSegment) {
+    const char4* const bytes = reinterpret_cast<const char4*>(x_q + k);
+    const float4* const factors = reinterpret_cast<const float4*>(alpha + k);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const char4 q = bytes[half];
+      const float4 factor = factors[half];
+      sum = fmaf(static_cast<float>(q.x - stored_zero), factor.x, sum);
+      sum = fmaf(static_cast<float>(q.y - stored_zero), factor.y, sum);
+      sum = fmaf(static_cast<float>(q.z - stored_zero), factor.z, sum);
+      sum = fmaf(static_cast<float>(q.w - stored_zero), factor.w, sum);
+    }
+  }
+  return line_sum(sum);
+}
+
+__device__ __forceinline__ void multiply_add(float (&sums)[4], const uint4& a, const uint2& b) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
       : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y));
 }
 
 // Bytes of shared memory that a group has for itself.
-__host__ __device__ inline int group_bytes(const GroupShape& shape, int rank, int vectors, bool staged) {
-  return static_cast<int>(sizeof(GroupShared)) + shape.sum_bytes(rank) + (staged ? shape.warps * vectors * 32 * 16 : 0);
+__host__ __device__ inline int group_bytes(const GroupShape& shape, int rank, int vectors) {
+  return static_cast<int>(sizeof(GroupShared)) + shape.sum_bytes(rank) + shape.warps * vectors * 32 * 16;
 }
 
-template <typename In, int kVectors, bool kSymmetric, bool kStaged>
-__global__ void __maxnreg__(kStaged ? 96 : kUnstagedRegisters)
+// As few as hold a group's elements, for as many warps as that allows.
+constexpr int group_registers(int vectors) { return vectors > 10 ? 128 : vectors > 6 ? 96 : 80; }
+
+// More warps of fewer vectors would wait for each other: µs at rank 4 of 32768 rows with 6, 8, 10 and 12 vectors,
+// groups of eight rows where 16 warps hold them: K = 1152: 37, 37, 38, 39 | 1536: 47, 48, 48, 49 | 3072: 93, 90, 91, 92
+// | 4608: 131, 128, 123, 128 | 5120: 198, 141, 140, 143 | 8960: 10 and 12, 247 and 254 (H200, 2026-11-29).
+constexpr int max_group_warps(int vectors) { return vectors > 8 ? kMaxWarps : 12; }
+
+template <typename In, int kVectors, bool kSymmetric>
+__global__ void __maxnreg__(group_registers(kVectors))
     quantize_groups_kernel(const __grid_constant__ QuantizeParams params, const __grid_constant__ GroupShape shape) {
   let_next_kernel_start();
-  extern __shared__ uint4 dynamic[];  // alpha's digits, and for every group: GroupShared, products, the next rows
-  __shared__ AlphaShared alpha;
+  extern __shared__ uint4 dynamic[];  // alpha as float16, and for every group: GroupShared, sums, the next rows
   const qvdit_quantize_args& args = params.args;
   const int features = static_cast<int>(args.k), rank = static_cast<int>(args.rank);
   const int group = threadIdx.y, warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   const GroupThreads threads{shape, group, warp, lane};
-  const int row_in_group = threads.row();
-  char* const of_group = reinterpret_cast<char*>(dynamic) + shape.alpha_bytes(rank, kVectors) +
-                         group * group_bytes(shape, rank, kVectors, kStaged);
+  const int row_in_group = threads.row(), piece = (warp << shape.log2_segments()) + threads.segment();
+  char* const alpha = reinterpret_cast<char*>(dynamic);
+  char* const of_group = alpha + shape.alpha_bytes(rank, kVectors) + group * group_bytes(shape, rank, kVectors);
   GroupShared& shared = *reinterpret_cast<GroupShared*>(of_group);
-  int* const products = reinterpret_cast<int*>(of_group + sizeof(GroupShared));  // [iteration mod 2][row][rank][digit]
+  // The low-rank term's parts. [iteration mod 2][piece][rank][row]
+  float* const sums = reinterpret_cast<float*>(of_group + sizeof(GroupShared));
+  const int row_sums = rank << shape.log2_rows, all_sums = shape.pieces() * row_sums;
   uint4* const own =
       reinterpret_cast<uint4*>(of_group + sizeof(GroupShared) + shape.sum_bytes(rank)) + warp * (kVectors * 32) + lane;
-  const uint4* const digits = dynamic + warp * kVectors * shape.sets(rank) * 32 + lane;
 
   GroupValues<In, kVectors> values;
-  values.first = (warp * shape.segments() + threads.segment()) * (kVectors * kSegment) + lane % kColumnLanes * kVector;
+  values.first = piece * (kVectors * kSegment) + lane % kLineLanes * kVector;
 
   const uint32_t rows = static_cast<uint32_t>(args.m), step = gridDim.x * blockDim.y * shape.rows();
   const uint32_t start = (blockIdx.x * blockDim.y + group) * shape.rows();
   const In* const own_x = static_cast<const In*>(args.x) + values.first;
   const uint32_t staging = static_cast<uint32_t>(__cvta_generic_to_shared(own));
-  uint4 next[kStaged ? 1 : kVectors] = {};
   // The next rows on their way to where they wait: a thread's own vectors, which it alone reads back.
   const auto fetch = [&](uint32_t first) {
     const In* from = own_x + static_cast<int64_t>(min(first + row_in_group, rows - 1)) * features;
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      if (values.k(v) >= features) continue;
-      if constexpr (kStaged) {
+      if (values.k(v) < features) {
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(staging + v * 512), "l"(from + v * kSegment)
                      : "memory");
-      } else {
-        next[v] = __ldg(reinterpret_cast<const uint4*>(from + v * kSegment));
       }
     }
-    if constexpr (kStaged) asm volatile("cp.async.commit_group;");
+    asm volatile("cp.async.commit_group;");
   };
 
   // What a group's threads summed up, put together by its first warp: one iteration later, so that one meeting serves
-  // both. Whoever reads a sum clears it for the iteration after the next.
+  // both.
   const auto finish = [&](uint32_t first, int of) {
     if (warp != 0) return;
-    for (int i = lane; i < rank << shape.log2_rows; i += 32) {
+    for (int i = lane; i < row_sums; i += 32) {
       const int r = i >> shape.log2_rows, in_group = i & (shape.rows() - 1);
-      int4& sums = reinterpret_cast<int4*>(products)[(of * shape.rows() + in_group) * rank + r];
-      int4 found = sums;
-      sums = make_int4(0, 0, 0, 0);
-      if constexpr (!kSymmetric) {
-        const int zero = shared.zero[of][in_group];
-        const int(&digit_sum)[kDigits] = alpha.digit_sum[r];
-        found.x -= zero * digit_sum[0], found.y -= zero * digit_sum[1];
-        found.z -= zero * digit_sum[2], found.w -= zero * digit_sum[3];
-      }
-      const int64_t sum = found.x + (static_cast<int64_t>(found.y) << 8) + (static_cast<int64_t>(found.z) << 16) +
-                          (static_cast<int64_t>(found.w) << 24);
       const uint32_t row = first + in_group;
+      float sum = 0.f;
+      for (int p = 0; p < shape.pieces(); ++p) sum += sums[of * all_sums + p * row_sums + i];
       if (row >= rows) continue;
-      float u = shared.scale[of][in_group] * (static_cast<float>(sum) * alpha.step[r]);
+      float u = shared.scale[of][in_group] * sum;
       if (args.frame_gain) {
         const uint32_t frame = params.frames.remainder(params.tokens.quotient(row));
         u *= __ldg(args.frame_gain + params.ranks.quotient(r) * static_cast<uint32_t>(args.frames) + frame);
@@ -327,36 +321,30 @@ __global__ void __maxnreg__(kStaged ? 96 : kUnstagedRegisters)
     if (args.row_sum && lane < shape.rows()) {
       int& sum = shared.row_sum[of][lane];
       const uint32_t row = first + lane;
-      if (row < rows) args.row_sum[row] = sum - features * shared.zero[of][lane];
-      sum = 0;
+      if (row < rows) args.row_sum[row] = sum;
+      sum = 0;  // for the iteration after the next
     }
   };
 
   if (start < rows) fetch(start);
-  for (int i = threadIdx.x; i < 2 * rank * shape.rows() * kDigits; i += blockDim.x) products[i] = 0;
-  for (int i = threadIdx.x; i < 3 * 2 * kColumns; i += blockDim.x) (&shared.range[0][0][0])[i] = 0;
-  if (threadIdx.x < 2 * kColumns) (&shared.row_sum[0][0])[threadIdx.x] = 0;
-  split_alpha<kSymmetric, kVectors>(args, shape, reinterpret_cast<uint32_t*>(dynamic), alpha);
+  for (int i = threadIdx.x; i < 3 * 2 * kLines; i += blockDim.x) (&shared.range[0][0][0])[i] = 0;
+  if (threadIdx.x < 2 * kLines) (&shared.row_sum[0][0])[threadIdx.x] = 0;
+  const bool halves = halve_alpha<kVectors>(args, shape, alpha);
   if (start >= rows) return;
 
   int turn = 0, of = 0;  // iterations mod 3 and 2
   uint32_t first = start;
 #pragma unroll 1
   for (;; first += step) {
-    if constexpr (kStaged) asm volatile("cp.async.wait_all;" ::: "memory");
+    asm volatile("cp.async.wait_all;" ::: "memory");
     // Else what follows from it is computed once, before the loop, and kept in more registers than there are.
     asm volatile("" : "+r"(values.first));
-    if constexpr (kStaged) {
-      values.read(own, features);
-    } else {
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) values.words[v] = next[v];
-    }
+    values.read(own, features);
     const bool more = rows - first > step;
     if (more) fetch(first + step);
 
     // Each of a group's warps raises its rows' extremes, as unsigned integers, where NaN is above Inf.
-    uint32_t(&extremes)[2][kColumns] = shared.range[turn];
+    uint32_t(&extremes)[2][kLines] = shared.range[turn];
     float highest = 0.f, lowest = 0.f;
     range_of_halves<In, kSymmetric>(values.words, highest, lowest);
     highest = threads.warp_max(highest);
@@ -369,7 +357,7 @@ __global__ void __maxnreg__(kStaged ? 96 : kUnstagedRegisters)
     highest = __uint_as_float(extremes[0][row_in_group]);
     if constexpr (!kSymmetric) lowest = __uint_as_float(extremes[1][row_in_group]);
     // Of the iteration before, which all have read; raised again after the next meeting.
-    if (warp == 0 && lane < 2 * kColumns) (&shared.range[turn == 0 ? 2 : turn - 1][0][0])[lane] = 0;
+    if (warp == 0 && lane < 2 * kLines) (&shared.range[turn == 0 ? 2 : turn - 1][0][0])[lane] = 0;
     if (first != start) finish(first - step, of ^ 1);
 
     const uint32_t row = first + row_in_group;
@@ -377,7 +365,6 @@ __global__ void __maxnreg__(kStaged ? 96 : kUnstagedRegisters)
     const int stored_zero = kSymmetric ? 0 : static_cast<int>(grid.zero - 128.f);
     if (warp == 0 && threads.first_of_row()) {
       shared.scale[of][row_in_group] = grid.scale;
-      shared.zero[of][row_in_group] = stored_zero;
       if (row < rows) {
         args.scale[row] = grid.scale;
         if (args.zero) args.zero[row] = stored_zero;
@@ -387,46 +374,50 @@ __global__ void __maxnreg__(kStaged ? 96 : kUnstagedRegisters)
 
     int8_t* const x_q = args.x_q + static_cast<int64_t>(row) * params.k_pad + values.first;
     const uint32_t zero_bytes = (static_cast<uint32_t>(stored_zero) & 0xff) * 0x01010101u;
-    uint2 bytes[kVectors];
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       float q[kVector];
       integers_of_halves<In, kSymmetric>(values.words[v], grid, q);
-      bytes[v] = {pack_bytes(q[0], q[1], q[2], q[3]), pack_bytes(q[4], q[5], q[6], q[7])};
+      uint2 bytes = {pack_bytes(q[0], q[1], q[2], q[3]), pack_bytes(q[4], q[5], q[6], q[7])};
       if constexpr (!kSymmetric) {  // where symmetric, what lies past the features is 0 already
         const uint32_t inside = values.k(v) < features ? ~0u : 0u;
-        bytes[v].x = __vadd4(bytes[v].x, zero_bytes) & inside, bytes[v].y = __vadd4(bytes[v].y, zero_bytes) & inside;
+        bytes.x = __vadd4(bytes.x, zero_bytes) & inside, bytes.y = __vadd4(bytes.y, zero_bytes) & inside;
       }
-      if (row < rows && values.k(v) < params.k_pad) *reinterpret_cast<uint2*>(x_q + v * kSegment) = bytes[v];
+      if (row < rows && values.k(v) < params.k_pad) *reinterpret_cast<uint2*>(x_q + v * kSegment) = bytes;
+      values.keep_integers(v, q);
     }
     if (args.row_sum) {
-      int sum = 0;  // of what is stored
-#pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-        sum = __dp4a(static_cast<int>(bytes[v].x), 0x01010101, __dp4a(static_cast<int>(bytes[v].y), 0x01010101, sum));
-      }
-      sum += __shfl_xor_sync(0xffffffffu, sum, 1);
-      sum += __shfl_xor_sync(0xffffffffu, sum, 2);
-      if (lane % kColumnLanes == 0) atomicAdd(&shared.row_sum[of][row_in_group], sum);
+      const int sum = values.sum();
+      if (lane % kLineLanes == 0) atomicAdd(&shared.row_sum[of][row_in_group], sum);
     }
+    float* const own_sums = sums + of * all_sums + piece * row_sums + row_in_group;
+    if (halves) {
+      // The lane reads what the product's column lane / 4 takes: of a slot, a half of the elements of lanes lane % 4.
+      const char* const of_warp = alpha + (warp << shape.log2_segments()) * GroupShape::piece_bytes(kVectors) +
+                                  lane % 4 * 16 + lane / 4 % 2 * 8;
+      const int segments_less_1 = shape.segments() - 1, last_slot = (rank << shape.log2_segments()) - 1;
 #pragma unroll 1
-    for (int set = 0, sets = shape.sets(rank); set < sets; ++set) {
-      // Of a single group's products two in turns, or each would wait for the last: 450 µs for 478 of 32768 x 12288.
-      int sums[4] = {}, others[4] = {};
+      for (int set = 0; set < shape.sets(rank); ++set) {
+        const int read = min(kSlots * set + lane / 8, last_slot), found = kSlots * set + lane % 4;
+        const char* const from = of_warp + (read >> shape.log2_segments()) * shape.rank_bytes(kVectors) +
+                                 (read & segments_less_1) * GroupShape::piece_bytes(kVectors);
+        float products[4] = {};
 #pragma unroll
-      for (int v = 0; v < kVectors; ++v) {
-        multiply_add(!kStaged && v % 2 ? others : sums, digits[(v * sets + set) * 32], bytes[v]);
-      }
-      // sums[i] is of row (lane / 4 + 8 (i / 2)) and column 2 (lane % 4) + i % 2 of the product.
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int column = 2 * (lane % 4) + i % 2;
-        const int slot = kSlots * set + lane / 16 + 2 * (i / 2), digit = lane / 4 % kDigits;
-        const int r = slot >> shape.log2_segments(), in_group = column & (shape.rows() - 1);
-        if (r < rank && (slot & (shape.segments() - 1)) == column >> shape.log2_rows) {
-          atomicAdd(&products[((of * shape.rows() + in_group) * rank + r) * kDigits + digit],
-                    kStaged ? sums[i] : sums[i] + others[i]);
+        for (int v = 0; v < kVectors; ++v) {
+          multiply_add(products, values.words[v], *reinterpret_cast<const uint2*>(from + v * (kSegment * 2)));
         }
+        // products[i] is of line lane / 4, half i / 2, and column 2 (lane % 4) + i % 2.
+        if (found <= last_slot && (found & segments_less_1) == threads.segment()) {
+          own_sums[found >> shape.log2_segments() << shape.log2_rows] = products[0] + products[3];
+        }
+      }
+    } else {
+#pragma unroll 1
+      for (int r = 0; r < rank; ++r) {
+        const float* const from = args.alpha + static_cast<int64_t>(r) * features + values.first;
+        const float product =
+            stored_product<kVectors>(x_q, stored_zero, from, row < rows ? features - values.first : 0);
+        if (lane % kLineLanes == 0) own_sums[r << shape.log2_rows] = product;
       }
     }
     turn = turn == 2 ? 0 : turn + 1, of ^= 1;
@@ -436,46 +427,36 @@ __global__ void __maxnreg__(kStaged ? 96 : kUnstagedRegisters)
   finish(first, of ^ 1);
 }
 
-// Vectors a thread and rows a group: what leaves the fewest threads without work and fits, at eight warps a group or
-// fewer where that is possible and many groups fit; of equals the most rows. vectors is 0 where nothing fits.
+// Vectors a thread and rows a group: the most rows that fit, of the fewest vectors. vectors is 0 where nothing fits.
 struct GroupPlan {
   int vectors = 0;
   GroupShape shape = {};
 };
 
-inline GroupPlan plan_groups(int64_t k_pad, int rank, bool staged, int shared_limit) {
-  GroupPlan best;
-  int64_t least = 0;
+inline GroupPlan plan_groups(int64_t k_pad, int rank, int shared_limit) {
   for (int log2_rows = 3; log2_rows >= 1; --log2_rows) {
-    const int64_t elements = kSegment * (kColumns >> log2_rows);  // of a warp's vectors in one row
-    for (int vectors : {10, 9, 8}) {
-      if (!staged && vectors != kUnstagedVectors) continue;
-      const int64_t warps = (k_pad + elements * vectors - 1) / (elements * vectors);
+    for (int vectors : {6, 8, 10, 12}) {
+      const int64_t elements = kSegment * vectors * (kLines >> log2_rows);  // of a warp in one row
+      const int64_t warps = (k_pad + elements - 1) / elements;
       const GroupShape shape{log2_rows, static_cast<int>(warps)};
-      const int shared = shape.alpha_bytes(rank, vectors) + group_bytes(shape, rank, vectors, staged);
-      const bool suits = staged ? warps <= kMaxWarps : warps >= kMinUnstagedWarps && warps <= kMaxUnstagedWarps;
-      if (!suits || shared > shared_limit) continue;
-      // Where alpha takes most of what there is, few groups fit, and their warps are all that hide each other's
-      // waiting.
-      const bool alone = 2 * shape.alpha_bytes(rank, vectors) > shared_limit;
-      const int64_t slots = warps * vectors * elements * ((alone ? warps < 10 : warps > 8) ? 2 : 1);
-      if (best.vectors == 0 || slots < least) best = {vectors, shape}, least = slots;
+      const int shared = shape.alpha_bytes(rank, vectors) + group_bytes(shape, rank, vectors);
+      if (warps <= max_group_warps(vectors) && shared <= shared_limit) return {vectors, shape};
     }
   }
-  return best;
+  return {};
 }
 
 // How many groups a block should have, so that with one alpha in shared memory for all of them as many warps as
 // possible run on a multiprocessor at once; 0 where CUDA does not tell. staging: bytes of a group.
 int groups_a_block(const void* kernel, int warps, int most_groups, int staging, int alpha);
 
-template <typename In, int kVectors, bool kSymmetric, bool kStaged>
+template <typename In, int kVectors, bool kSymmetric>
 int32_t launch_groups(const QuantizeParams& params, const GroupShape& shape, cudaStream_t stream) {
   constexpr int64_t kBlocksWanted = 2 * 132;  // as many rows a block as leave these
-  const auto kernel = quantize_groups_kernel<In, kVectors, kSymmetric, kStaged>;
+  const auto kernel = quantize_groups_kernel<In, kVectors, kSymmetric>;
   const auto entry = reinterpret_cast<const void*>(kernel);
   const int rank = static_cast<int>(params.args.rank), rows = shape.rows();
-  const int alpha = shape.alpha_bytes(rank, kVectors), own = group_bytes(shape, rank, kVectors, kStaged);
+  const int alpha = shape.alpha_bytes(rank, kVectors), own = group_bytes(shape, rank, kVectors);
   const int most = static_cast<int>(std::clamp<int64_t>(params.args.m / (rows * kBlocksWanted), 1, kMaxGroups));
   const int groups = std::max(groups_a_block(entry, shape.warps, most, own, alpha), 1), shared = groups * own + alpha;
   int resident = 0;
@@ -489,31 +470,29 @@ int32_t launch_groups(const QuantizeParams& params, const GroupShape& shape, cud
   return launched("quantize_rows");
 }
 
-template <typename In, int kVectors, bool kStaged = true>
+template <typename In, int kVectors>
 int32_t launch_groups(const QuantizeParams& params, const GroupShape& shape, cudaStream_t stream) {
-  return params.args.symmetric ? launch_groups<In, kVectors, true, kStaged>(params, shape, stream)
-                               : launch_groups<In, kVectors, false, kStaged>(params, shape, stream);
+  return params.args.symmetric ? launch_groups<In, kVectors, true>(params, shape, stream)
+                               : launch_groups<In, kVectors, false>(params, shape, stream);
 }
 
 // fits: whether the low-rank term does; nothing was started where it does not.
 template <typename In>
 int32_t launch_groups(const QuantizeParams& params, bool& fits, cudaStream_t stream) {
-  const int limit = dynamic_shared_limit(reinterpret_cast<const void*>(quantize_groups_kernel<In, 8, true, true>));
-  const int rank = static_cast<int>(params.args.rank);
-  const GroupPlan plan = plan_groups(params.k_pad, rank, true, limit);
+  const int limit = dynamic_shared_limit(reinterpret_cast<const void*>(quantize_groups_kernel<In, 8, true>));
+  const GroupPlan plan = plan_groups(params.k_pad, static_cast<int>(params.args.rank), limit);
   fits = plan.vectors > 0;
   switch (plan.vectors) {
-    case 0: {
-      const GroupPlan unstaged = plan_groups(params.k_pad, rank, false, limit);
-      fits = unstaged.vectors > 0;
-      return fits ? launch_groups<In, kUnstagedVectors, false>(params, unstaged.shape, stream) : QVDIT_OK;
-    }
+    case 0:
+      return QVDIT_OK;
+    case 6:
+      return launch_groups<In, 6>(params, plan.shape, stream);
     case 8:
       return launch_groups<In, 8>(params, plan.shape, stream);
-    case 9:
-      return launch_groups<In, 9>(params, plan.shape, stream);
-    default:
+    case 10:
       return launch_groups<In, 10>(params, plan.shape, stream);
+    default:
+      return launch_groups<In, 12>(params, plan.shape, stream);
   }
 }
 

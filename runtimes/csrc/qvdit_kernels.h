@@ -20,7 +20,7 @@ extern "C" {
 #endif
 
 // Changes whenever a struct or the meaning of a field does.
-#define QVDIT_ABI 7
+#define QVDIT_ABI 8
 
 enum qvdit_status {
   QVDIT_OK = 0,
@@ -35,11 +35,6 @@ enum qvdit_prologue {
   QVDIT_PLAIN = 0,      // x as it is
   QVDIT_LAYERNORM = 1,  // LayerNorm without weights, then adaLN: · (1 + scale) + shift
   QVDIT_GELU = 2,       // GELU, tanh approximation
-};
-
-enum qvdit_quantizer {
-  QVDIT_QUANTIZER_AUTO = 0,    // chosen from the sizes
-  QVDIT_QUANTIZER_GROUPS = 1,  // for tests: several rows at once wherever that is possible, few rows too
 };
 
 enum qvdit_tile {
@@ -82,8 +77,8 @@ struct qvdit_quantize_args {
   const float* frame_gain;   // [R / ranks_per_gain, T] or null
   int64_t tokens_per_frame;  // P
   int64_t ranks_per_gain;    // rows of alpha that share a row of frame_gain
-  const float* alpha;        // [R, K]: transposed, for 16-byte loads along K. Or null. From R = 2 on each row may be
-                             // rounded to multiples of 2^-30 of its greatest element (2^-126, if that is more)
+  const float* alpha;        // [R, K]: transposed, for 16-byte loads along K. Or null. From R = 2 on it is faster if
+                             // all of it are numbers of float16, as the contract stores them
   int64_t rank;              // R, at most 32
 
   int8_t* x_q;         // [M, K_pad]. Symmetric: x_q; asymmetric: x_q - 128. Columns K … K_pad are 0
@@ -92,8 +87,6 @@ struct qvdit_quantize_args {
   float* u;            // [R, M], or null where rank is 0
   int32_t* row_sum;    // [M]: Σ_k (x_q - zero), exact; or null
   float* transformed;  // [M, K]: x̃, for tests; or null
-  int32_t quantizer;   // enum qvdit_quantizer
-  int32_t reserved;    // 0
 };
 
 // Canonically packed weights to int8, with the zero point subtracted where the difference fits: b < 8.

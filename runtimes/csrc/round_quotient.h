@@ -15,11 +15,13 @@
 
 namespace qvdit {
 
-// 1.5 · 2^23: a float32 of magnitude below 2^22 plus this is rounded to an integer, half to even, and its low bits are
-// that integer in two's complement.
-constexpr float kRounder = 12582912.0f;
+// 1.5 · 2^23 + 0x6600: a float32 of magnitude below 2^21 plus this is rounded to an integer, half to even. The sum's
+// low byte is that of the integer in two's complement, and its lower half, where the integer is at most 511 either way,
+// is the float16 number kHalfRounder plus the integer.
+constexpr float kRounder = 12582912.0f + 0x6600;
+constexpr float kHalfRounder = 1536.0f;
 
-// |x / divisor| < 2^22. reciprocal: 1 / divisor, correctly rounded. Returns kRounder + round(x / divisor).
+// |x / divisor| < 2^21. reciprocal: 1 / divisor, correctly rounded. Returns kRounder + round(x / divisor).
 QVDIT_HOST_DEVICE float rounder_plus_quotient(float x, float divisor, float reciprocal) {
 #if defined(__CUDA_ARCH__)
   const float q0 = __fmul_rn(x, reciprocal);

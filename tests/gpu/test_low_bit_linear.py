@@ -19,6 +19,10 @@ COLUMNS = {Tile.MMA_128X256: 256, Tile.WGMMA_128X192: 192, Tile.WGMMA_128X96: 96
 # M, N, K: one of each, odd, a tile and one more, several tiles, K not a multiple of a slice
 SIZES = [(1, 1, 1), (7, 5, 33), (129, 127, 100), (128, 128, 128), (129, 264, 1000), (300, 520, 2080), (1, 1152, 1152)]
 
+# Ranks, and of which type their numbers are (random_layer)
+RANKS = [(0, "float16"), (1, "float32"), (2, "float16"), (3, "mixed"), (4, "float16"), (4, "float32")]
+RANKS += [(5, "float16"), (5, "mixed"), (32, "float32"), (32, "mixed")]
+
 
 def tiles(n: int, size: int) -> list[Tile]:
     """Those that this device has for rows of n outputs of some size in bytes."""
@@ -29,14 +33,25 @@ def tiles(n: int, size: int) -> list[Tile]:
 
 
 def random_layer(
-    n: int, k: int, bits: int, symmetric: bool, parts: tuple[str, ...], rank: int, seed: int = 0
+    n: int, k: int, bits: int, symmetric: bool, parts: tuple[str, ...], rank: int, seed: int = 0, held: str = "float32"
 ) -> LowBitLayer:
-    """``parts``: what it has of zero, bias, smooth and gain."""
+    """``parts``: what it has of zero, bias, smooth and gain.
+
+    held: of which type alpha's and beta's numbers are: float16, as layers have them, float32, or "mixed", where most of
+    beta's are of float16.
+    """
     rng = np.random.default_rng(seed)
     half = 1 << (bits - 1)
 
     def floats(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape).astype(np.float32)
+
+    def factor(*shape: int) -> np.ndarray:
+        values = floats(*shape)
+        rounded = values.astype(np.float16 if held != "float32" else np.float32).astype(np.float32)
+        if held == "mixed":
+            rounded[::5, ::97] = values[::5, ::97]
+        return rounded
 
     return LowBitLayer(
         name="layer",
@@ -49,8 +64,8 @@ def random_layer(
         weight_zero=rng.integers(-half, half, n).astype(np.int8) if "zero" in parts else None,
         bias=floats(n) if "bias" in parts else None,
         inv_smooth=np.exp(floats(k)) if "smooth" in parts else None,
-        alpha=floats(k, rank) if rank else None,
-        beta=floats(rank, n) if rank else None,
+        alpha=factor(k, rank) if rank else None,
+        beta=factor(rank, n) if rank else None,
         frame_gain=floats(3) if "gain" in parts else None,
     )
 
@@ -189,22 +204,22 @@ def test_largest_accumulators(tile):
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("rank", [0, 1, 2, 3, 4, 5, 32])
+@pytest.mark.parametrize(("rank", "held"), RANKS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("parts", [(), ("zero", "bias"), ("zero", "bias", "smooth", "gain")])
-def test_outputs_are_within_rounding(size, rank, dtype, bits, parts):
+def test_outputs_are_within_rounding(size, rank, held, dtype, bits, parts):
     m, n, k = size
     if "gain" in parts:
         m = -(-m // 3) * 3
-    layer = random_layer(n, k, bits, "zero" not in parts, parts, rank, seed=rank)
+    layer = random_layer(n, k, bits, "zero" not in parts, parts, rank, seed=rank, held=held)
     x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).to(dtype).cuda()
     # Scales of every size beside each other; sums stay within float16.
     x = x * (10.0 ** torch.linspace(-6 if dtype != torch.float16 else -2, 0, m, device="cuda"))[:, None].to(dtype)
     layer_scale = 1e-3 if dtype == torch.float16 else 1.0
     layer.weight_scale[:] *= layer_scale / k
     if rank:
-        layer.beta[:] *= layer_scale / k
+        layer.beta[:] *= 2.0 ** np.floor(np.log2(layer_scale / k))  # numbers of as many bits as before
     gains = layer.frame_gain[np.arange(m) // (m // 3) % 3].astype(np.float64) if "gain" in parts else None
     _, reference, terms = expected(layer, x, gains)
     for tile in [Tile.AUTO, *(tiles(n, dtype.itemsize) if dtype != torch.float32 else MMA)]:

@@ -146,9 +146,16 @@ def test_turns_and_summaries():
 
         return time
 
-    times = turns.in_turns({"a": timer("a", 1.0), "b": timer("b", 2.0)}, 3)
-    assert times == {"a": [1.0] * 3, "b": [2.0] * 3}
-    assert order == ["a", "b"] * (3 + turns.WARM_UPS)
+    repeats = 30
+    timers = {"a": timer("a", 1.0), "b": timer("b", 2.0), "c": timer("c", 3.0)}
+    assert turns.in_turns(timers, repeats) == {"a": [1.0] * repeats, "b": [2.0] * repeats, "c": [3.0] * repeats}
+    rounds = ["".join(order[i : i + 3]) for i in range(0, len(order), 3)]
+    assert len(rounds) == repeats + turns.WARM_UPS
+    assert set(rounds) == {"abc", "acb", "bac", "bca", "cab", "cba"}  # in any order, each of them once
+    before = order.copy()
+    order.clear()
+    turns.in_turns(timers, repeats)
+    assert order == before
     assert turns.summary([4.0, 1.0, 2.0, 3.0, 5.0]) == (3.0, 1.0)
 
 

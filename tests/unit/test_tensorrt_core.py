@@ -560,7 +560,6 @@ def test_a_plain_node(core):
         "weight": pieces["weight"],
     }
     absent = ("frames", "rotation", "ranks_per_gain", "rank", "modulation_stride", "rows_per_modulation")
-    absent += ("quantizer", "reserved")
     nothing = dict.fromkeys(absent, 0)
     assert quantize == nothing | {
         "x": given["x"],

@@ -45,7 +45,8 @@ class Lines:
 def show(results: Results, to: Console) -> None:
     """All of a run: tables, then what of the floors is met."""
     to.print(f"{results.gpu}, driver {results.driver}, {results.date}: {results.command}", soft_wrap=True, markup=False)
-    to.print(f"copy: {results.copy_tb_s:.2f} TB/s, read and written. TOP/s unless said otherwise.")
+    limit = f", within {results.power_limit_w:.0f} W" if results.power_limit_w else ""
+    to.print(f"copy: {results.copy_tb_s:.2f} TB/s, read and written{limit}. TOP/s unless said otherwise.")
     for columns in (_SPEED, _MEMORY):
         if results.shapes():
             to.print(_filled(results, results.shapes(), columns))

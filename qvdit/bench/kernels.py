@@ -107,17 +107,29 @@ def about(command: str, copy_tb_s: float) -> Results:
     import torch
 
     versions = {**tool_versions(), "python": platform.python_version(), "cuda": torch.version.cuda or "none"}
-    return Results(command, torch.cuda.get_device_name(), driver(), versions, date.today().isoformat(), copy_tb_s)
+    watts = _queried("power.limit")
+    return Results(
+        command,
+        torch.cuda.get_device_name(),
+        _queried("driver_version") or "unknown",
+        versions,
+        date.today().isoformat(),
+        copy_tb_s,
+        power_limit_w=float(watts) if watts and watts.replace(".", "", 1).isdigit() else None,
+    )
 
 
-def driver() -> str:
-    """The NVIDIA driver's version, where nvidia-smi tells."""
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+def _queried(what: str) -> str | None:
+    """Something of the GPU that PyTorch uses, where nvidia-smi tells."""
+    import torch
+
+    uuid = str(torch.cuda.get_device_properties("cuda").uuid)
+    query = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return done.stdout.strip().splitlines()[0]
+        return None
+    return done.stdout.strip() or None
 
 
 def _free() -> None:

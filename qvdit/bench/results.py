@@ -60,6 +60,7 @@ class Results:
     date: str
     copy_tb_s: float  # read and written, of a large copy
     rows: tuple[Row, ...] = ()
+    power_limit_w: float | None = None  # the GPU's, where nvidia-smi tells: it bounds the clocks of long products
 
     @property
     def peaks(self) -> tuple[float, float] | None:
@@ -96,12 +97,13 @@ class Results:
 
 
 def save(results: Results, path: Path) -> None:
-    """Write the file, whole or not at all. Keys that say nothing about a row are left out of it."""
+    """Write the file, whole or not at all. Keys that say nothing are left out of it."""
     rows = [
         {key: value for key, value in asdict(row).items() if value is not None or key in _REQUIRED}
         for row in results.rows
     ]
-    write_json(path, {**asdict(results), "rows": rows})
+    header = {key: value for key, value in asdict(results).items() if value is not None}
+    write_json(path, {**header, "rows": rows})
 
 
 def load(path: Path) -> Results:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -24,7 +24,7 @@ def load(results: type[Results], row: Callable[[dict[str, Any]], Any], path: Pat
     """Read results, a dataclass with ``rows``; anything else than ``what`` raises QvditError."""
     value: Any = read_json(path, what)
     try:
-        header = {field.name: value[field.name] for field in fields(results)}  # type: ignore[arg-type]
+        header = {f.name: value[f.name] for f in fields(results) if f.name in value or f.default is MISSING}  # type: ignore[arg-type]
         return results(**{**header, "rows": tuple(row(found) for found in header["rows"])})
     except (KeyError, TypeError, ValueError) as error:
         raise QvditError(f"{path}, which lacks or adds something ({error})", what, "make it again") from None

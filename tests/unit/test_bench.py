@@ -255,6 +255,10 @@ def test_the_file_holds_what_others_rely_on(tmp_path: Path):
     assert all(required <= set(kept) for kept in value["rows"])
     assert {key for kept in value["rows"] for key in kept} == required | {"gb_s", "tile", "parts_ms"}
     assert results.load(out) == measured(*all_of(WIDE), tiled, block)
+    limited = replace(measured(*all_of(WIDE)), power_limit_w=700.0)
+    results.save(limited, out)
+    assert json.loads(out.read_text())["power_limit_w"] == 700.0
+    assert results.load(out) == limited
 
 
 @pytest.mark.parametrize("text", ["[]", "{}", '{"rows": []}', "no"])

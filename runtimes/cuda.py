@@ -127,6 +127,8 @@ class GemmArgs(ctypes.Structure):
         ("y", _POINTER),
         ("y_dtype", _INT),
         ("tile", _INT),
+        ("beta_dtype", _INT),
+        ("reserved", _INT),
     )
 
 

@@ -122,10 +122,10 @@ def low_bit_linear(
 
     x_q, scale, zero, u, row_sum: as :func:`quantize_rows` gives them; 8-bit weights with zero points need row_sum.
     words: int32 or uint32 [N, b · K_pad / 32], packed as qvdit.contract.packing packs them. weight_scale: float32 [N];
-    weight_zero: int8 [N]; beta: float32 [R, N]; bias: float32 [N]. out_dtype: float32, float16 or bfloat16; int32 gives
-    the exact accumulators Σ (x_q - zero)(weight_q - weight_zero), for tests. tile: of qvdit.runtimes.cuda.Tile.
-    segment: columns of each of S linears that lie below each other in the weights, a multiple of 128, and whose u are
-    S · R rows; 0: there is one.
+    weight_zero: int8 [N]; beta: float32 or float16 [R, N], which is faster of several ranks and slower of one;
+    bias: float32 [N]. out_dtype: float32, float16 or bfloat16; int32 gives the exact accumulators
+    Σ (x_q - zero)(weight_q - weight_zero), for tests. tile: of qvdit.runtimes.cuda.Tile. segment: columns of each of S
+    linears that lie below each other in the weights, a multiple of 128, and whose u are S · R rows; 0: there is one.
     """
     y = _new(x_q, (x_q.shape[0], words.shape[0]), out_dtype)
     weight, weight_sum = unpack_weight(words, weight_bits, in_features, weight_zero, zero.numel() > 0)
@@ -335,6 +335,7 @@ def gemm_arguments(
     _check_devices(y, *rows, weight, weight_sum, weight_scale, weight_zero, beta, bias)
     m, n = y.shape
     rank, segment = 0 if beta is None else beta.shape[0], segment or n
+    beta_dtype = torch.float16 if beta is not None and beta.dtype == torch.float16 else torch.float32
     return cuda.GemmArgs(
         x_q=_pointer(x_q, torch.int8, (m, weight.shape[1])),
         weight=_pointer(weight, torch.int8, (n, x_q.shape[1])),
@@ -348,13 +349,14 @@ def gemm_arguments(
         weight_zero=_pointer(weight_zero, torch.int8, (n,)),
         row_sum=None if weight_zero is None else _pointer(row_sum, torch.int32),
         u=_pointer(u, torch.float32, (n // segment * rank, m)) if rank else None,
-        beta=_pointer(beta, torch.float32, (rank, n)),
+        beta=_pointer(beta, beta_dtype, (rank, n)),
         rank=rank,
         segment=segment,
         bias=_pointer(bias, torch.float32, (n,)),
         y=_pointer(y, y.dtype),
         y_dtype=_DTYPES[y.dtype],
         tile=tile,
+        beta_dtype=_DTYPES[beta_dtype],
     )
 
 

@@ -46,7 +46,7 @@ class LowBit:
     scale: torch.Tensor  # float32 [N]
     bias: torch.Tensor  # float32 [N]
     alpha: torch.Tensor  # float32 [4, K], numbers of float16, as layers hold them
-    beta: torch.Tensor  # float32 [4, N], too
+    beta: dict[int, torch.Tensor]  # by rank: [R, N], of the type that layers hold on the GPU
     gain: torch.Tensor  # float32 [T]
     modulation: torch.Tensor  # float32 [2, K]
 
@@ -60,13 +60,14 @@ class LowBit:
             return [torch.randint(low, high, size, dtype=torch.int32, device=device) for _ in range(sets)]
 
         packed = {bits: words(bits) for bits in ((4, 3) if three_bits else (4,))}
+        beta = (torch.randn(4, n, device=device) / k).half()
         return LowBit(
             words=packed,
             weight=[torch_ops.unpack_weight(w, 4, k, None, False)[0] for w in packed[4]],
             scale=torch.rand(n, device=device) / k,
             bias=torch.randn(n, device=device),
             alpha=torch.randn(4, k, device=device).half().float(),
-            beta=(torch.randn(4, n, device=device) / k).half().float(),
+            beta={1: beta[:1].float(), 4: beta},
             gain=torch.rand(FRAMES, device=device),
             modulation=torch.randn(2, k, device=device),
         )
@@ -85,13 +86,13 @@ class LowBit:
 
     def gemm(self, rows: Rows, i: int, y: torch.Tensor, rank: int, tile: int, bias: bool = True) -> None:
         """The product alone, with its whole epilogue, into y."""
-        beta = self.beta[:rank] if rank else None
+        beta = self.beta[rank] if rank else None
         added = self.bias if bias else None
         torch_ops.gemm(rows, self.weight[i], None, self.scale, None, beta, added, y, tile)
 
     def linear(self, x: torch.Tensor, i: int, rank: int, bits: int) -> torch.Tensor:
         """The whole linear: quantization, weights unpacked from ``bits``, product, epilogue."""
-        options = self.low_rank(x, rank) | ({"beta": self.beta[:rank]} if rank else {})
+        options = self.low_rank(x, rank) | ({"beta": self.beta[rank]} if rank else {})
         weights = (self.words[bits][i], bits, self.scale)
         return torch.ops.qvdit.quantized_linear(x, 8, True, *weights, bias=self.bias, **options)
 

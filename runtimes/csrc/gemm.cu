@@ -21,6 +21,8 @@ int32_t check(const qvdit_gemm_args& args) {
   QVDIT_REQUIRE(!args.weight_zero || args.row_sum, "weight_zero needs row_sum");
   QVDIT_REQUIRE(rank >= 0 && rank <= kMaxRank, "rank %lld; at most %d", rank, kMaxRank);
   QVDIT_REQUIRE(rank == 0 || (args.u && args.beta), "rank %lld needs u and beta", rank);
+  QVDIT_REQUIRE(args.beta_dtype == QVDIT_F32 || args.beta_dtype == QVDIT_F16, "beta of type %d; float32 or float16",
+                args.beta_dtype);
   const long long segment = args.segment;
   QVDIT_REQUIRE(segment == n || (segment >= kSegmentStep && segment % kSegmentStep == 0 && n % segment == 0),
                 "segments of %lld columns, of %lld; multiples of %d that divide them", segment, n, kSegmentStep);

@@ -44,6 +44,17 @@ struct EpilogueFragment {
     }
   }
 
+  // beta of a rank.
+  __device__ __forceinline__ void beta_pair(int r, int p, float& a, float& b) const {
+    if (args.beta_dtype == QVDIT_F16) {
+      __half half_a, half_b;
+      pair<__half, __half2>(static_cast<const __half*>(args.beta) + r * args.n, p, half_a, half_b);
+      a = __half2float(half_a), b = __half2float(half_b);
+    } else {
+      pair<float, float2>(static_cast<const float*>(args.beta) + r * args.n, p, a, b);
+    }
+  }
+
   // The integers that zero points add to the accumulators.
   __device__ __forceinline__ void correct(int32_t (&acc)[kRows][kPairs][2]) const {
     if (args.zero) {
@@ -97,7 +108,7 @@ struct EpilogueFragment {
 #pragma unroll
       for (int p = 0; p < kPairs; ++p) {
         float a, b;
-        pair<float, float2>(args.beta + r * args.n, p, a, b);
+        beta_pair(r, p, a, b);
 #pragma unroll
         for (int m = 0; m < kRows; ++m) y[m][p][0] += u[m] * a, y[m][p][1] += u[m] * b;
       }

@@ -26,8 +26,8 @@
 
 namespace qvdit {
 
-// kRanks: as of WgmmaEpilogue.
-template <typename Out, int kBlockN, int kRanks>
+// kRanks, Beta: as of WgmmaEpilogue.
+template <typename Out, int kBlockN, int kRanks, typename Beta = float>
 struct WgmmaGemm {
   static constexpr int kBlockM = 128, kThreads = 128;  // threads of a warpgroup
   using Tile = cute::Shape<cute::Int<kBlockM>, cute::Int<kBlockN>, cute::_128>;
@@ -47,7 +47,7 @@ struct WgmmaGemm {
   using Store = typename cutlass::epilogue::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, Tile, Cluster, Subtile, Sum, Sum, void, Row, kOutAlignment,
       Out, Row, kOutAlignment, cutlass::epilogue::TmaWarpSpecialized, Convert>::CollectiveOp;
-  using Epilogue = WgmmaEpilogue<Store, kBlockM, kBlockN, kThreads, kRanks>;
+  using Epilogue = WgmmaEpilogue<Store, kBlockM, kBlockN, kThreads, kRanks, Beta>;
   using Mainloop = typename cutlass::gemm::collective::CollectiveBuilder<
       cutlass::arch::Sm90, cutlass::arch::OpClassTensorOp, int8_t, Row, 16, int8_t, Column, 16, int32_t, Tile, Cluster,
       cutlass::gemm::collective::StageCountAutoCarveout<static_cast<int>(sizeof(typename Epilogue::SharedStorage))>,
@@ -107,6 +107,9 @@ struct WgmmaGemm {
 template <typename Out, int kBlockN>
 int32_t launch_wgmma(const qvdit_gemm_args& args, cudaStream_t stream) {
   if constexpr (!std::is_same_v<Out, int32_t>) {
+    if (args.rank > 0 && args.beta_dtype == QVDIT_F16) {
+      return WgmmaGemm<Out, kBlockN, kRanksAtOnce, __half>::run(args, stream);
+    }
     if (args.rank == 1) return WgmmaGemm<Out, kBlockN, 1>::run(args, stream);
     if (args.rank > 1) return WgmmaGemm<Out, kBlockN, kRanksAtOnce>::run(args, stream);
   }

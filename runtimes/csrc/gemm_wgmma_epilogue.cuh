@@ -6,13 +6,14 @@
 // One warpgroup's epilogue hides behind the other's mainloop as long as it takes no longer, and it is four warps that
 // share the registers' ports with the tensor cores. So the accumulators become float32 where they are, each column's
 // factors read once for all rows, and the only rank is a multiplication more. Further ranks are a product of the tensor
-// cores: wgmma adds u · beta to what the accumulators became, each number the sum of two of TF32.
+// cores: wgmma adds u · beta to what the accumulators became, u the sum of two TF32 numbers, and so is beta where it is
+// of float32.
 //
 // µs for 32768 x 4608 x 1152, bf16 out, ranks 0, 1, 4, and the same with zero, on H200s, 2026-11-28: 271, 274, 333, 302,
 // 305, 385 when each subtile's conversion did it with float32 products and sums; 245, 274, 304, 259, 298, 327 with
 // wgmma for rank 1 too and every block scaled before any rank was added, in that run; 252, 269, 299, 269, 297, 331 with
-// a block's ranks added while the next is scaled, at rank 0 block after block as well, in another. Ranks 0 and 1 as they
-// are now have not been timed.
+// a block's ranks added while the next is scaled, at rank 0 block after block as well, in another. As they are now ranks
+// 0, 1 and 4 took 257, 266 and 300, and rank 4 with beta of float16 289 (2026-11-29).
 #pragma once
 
 #include <type_traits>
@@ -39,30 +40,34 @@ struct Tf32Pair {
 
 constexpr int kRanksAtOnce = 4;
 
-// u or beta of a tile's rows or columns.
-template <int kRows, int kRanks>
+// u or beta of a tile's rows or columns. kParts: of how many TF32 numbers each is the sum.
+template <int kRows, int kRanks, int kParts>
 struct TileRanks {
   __device__ __forceinline__ void put(int, const float (&)[1]) {}
 };
 
-template <int kRows>
-struct TileRanks<kRows, 1> {
+template <int kRows, int kParts>
+struct TileRanks<kRows, 1, kParts> {
   alignas(16) float of[kRows];
   __device__ __forceinline__ void put(int row, const float (&value)[1]) { of[row] = value[0]; }
 };
 
 // As operands of wgmma without swizzle: four TF32 numbers of a row are 16 bytes, those of 8 rows lie beside each other. A
-// product takes eight numbers of a row, from two such blocks: of u high | high, then low | low, of beta both times
-// high | low.
-template <int kRows>
-struct TileRanks<kRows, kRanksAtOnce> {
+// product takes eight numbers of a row, from two such blocks: high | low of u, and of beta high | high, then, unless
+// beta are numbers of float16, which have no low parts, low | low in a product of its own.
+template <int kRows, int kParts>
+struct TileRanks<kRows, kRanksAtOnce, kParts> {
   alignas(128) float4 high[kRows];
-  alignas(128) float4 low[kRows];
+  alignas(128) float4 low[kParts > 1 ? kRows : 1];
 
   __device__ __forceinline__ void put(int row, const float (&of)[kRanksAtOnce]) {
-    const Tf32Pair a(of[0]), b(of[1]), c(of[2]), d(of[3]);
-    high[row] = {a.high, b.high, c.high, d.high};
-    low[row] = {a.low, b.low, c.low, d.low};
+    if constexpr (kParts == 1) {
+      high[row] = {of[0], of[1], of[2], of[3]};
+    } else {
+      const Tf32Pair a(of[0]), b(of[1]), c(of[2]), d(of[3]);
+      high[row] = {a.high, b.high, c.high, d.high};
+      low[row] = {a.low, b.low, c.low, d.low};
+    }
   }
 
   // wgmma's description of rows from one on: their first four numbers, and how many bytes on the other four are.
@@ -78,10 +83,10 @@ struct TileRanks<kRows, kRanksAtOnce> {
 };
 
 // A tile's factors in shared memory.
-template <int kBlockM, int kBlockN, int kRanks>
+template <int kBlockM, int kBlockN, int kRanks, int kBetaParts>
 struct TileFactors {
-  TileRanks<kBlockM, kRanks> u;
-  TileRanks<kBlockN, kRanks> beta;
+  TileRanks<kBlockM, kRanks, 2> u;
+  TileRanks<kBlockN, kRanks, kBetaParts> beta;
   alignas(16) float2 affine[kBlockN];  // weight_scale, bias
   alignas(16) int32_t weight_sum[kBlockN];
   float scale[kBlockM];
@@ -95,10 +100,12 @@ struct WithGemmArgs : Of {
 };
 
 // Comes before Store, an epilogue of CUTLASS's, and makes what that one converts and stores: y, or where that is int32
-// acc. By one warpgroup at a time, of kThreads. kRanks: 0, 1, or kRanksAtOnce for two and more.
-template <class Store, int kBlockM, int kBlockN, int kThreads, int kRanks>
+// acc. By one warpgroup at a time, of kThreads. kRanks: 0, 1, or kRanksAtOnce for any number. Beta: its type. Known here,
+// as with a condition between them its loads would wait for each other: 337 µs for 289 of 32768 x 4608 x 1152, rank 4.
+template <class Store, int kBlockM, int kBlockN, int kThreads, int kRanks, typename Beta>
 class WgmmaEpilogue : public Store {
-  using Factors = TileFactors<kBlockM, kBlockN, kRanks>;
+  static constexpr int kBetaParts = std::is_same_v<Beta, __half> ? 1 : 2;
+  using Factors = TileFactors<kBlockM, kBlockN, kRanks, kBetaParts>;
   static constexpr int kBlocks = kBlockM / 64;                          // of a wgmma's rows
   static constexpr int kPairs = kBlockN / 8;                            // of columns that a thread has accumulators of
   static constexpr int kColumns = (kBlockN + kThreads - 1) / kThreads;  // that a thread stages
@@ -251,7 +258,8 @@ class WgmmaEpilogue : public Store {
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
         const bool there = r < ranks && has_column(c, tile_n, thread);
-        own.beta[c][r] = read(args_.beta, first_of_beta + r * args_.n + c * kThreads, there);
+        const int64_t at = first_of_beta + r * args_.n + c * kThreads;
+        own.beta[c][r] = static_cast<float>(read(static_cast<const Beta*>(args_.beta), at, there));
       }
     }
     return own;
@@ -341,11 +349,11 @@ class WgmmaEpilogue : public Store {
   template <class Sums>
   static CUTLASS_DEVICE void add_ranks(Sums& y, int block, const Factors& factors) {
     auto of_block = y(cute::_, block, 0);
+    const uint64_t u = factors.u.operand(factors.u.high + 64 * block, sizeof(factors.u.high));
     cute::warpgroup_fence_operand(of_block);
     cute::warpgroup_arrive();
-    const uint64_t beta = factors.beta.operand(factors.beta.high, sizeof(factors.beta.high));
-    add_product(of_block, factors.u.operand(factors.u.high + 64 * block, 0), beta);
-    add_product(of_block, factors.u.operand(factors.u.low + 64 * block, 0), beta);
+    add_product(of_block, u, factors.beta.operand(factors.beta.high, 0));
+    if constexpr (kBetaParts > 1) add_product(of_block, u, factors.beta.operand(factors.beta.low, 0));
     cute::warpgroup_commit_batch();
   }
 

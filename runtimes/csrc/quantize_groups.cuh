@@ -255,12 +255,7 @@ __host__ __device__ inline int group_bytes(const GroupShape& shape, int rank, in
 }
 
 // As few as hold a group's elements, for as many warps as that allows.
-constexpr int group_registers(int vectors) { return vectors > 10 ? 128 : vectors > 6 ? 96 : 80; }
-
-// More warps of fewer vectors would wait for each other: µs at rank 4 of 32768 rows with 6, 8, 10 and 12 vectors,
-// groups of eight rows where 16 warps hold them: K = 1152: 37, 37, 38, 39 | 1536: 47, 48, 48, 49 | 3072: 93, 90, 91, 92
-// | 4608: 131, 128, 123, 128 | 5120: 198, 141, 140, 143 | 8960: 10 and 12, 247 and 254 (H200, 2026-11-29).
-constexpr int max_group_warps(int vectors) { return vectors > 8 ? kMaxWarps : 12; }
+constexpr int group_registers(int vectors) { return vectors > 10 ? 128 : 96; }
 
 template <typename In, int kVectors, bool kSymmetric>
 __global__ void __maxnreg__(group_registers(kVectors))
@@ -427,21 +422,29 @@ __global__ void __maxnreg__(group_registers(kVectors))
   finish(first, of ^ 1);
 }
 
-// Vectors a thread and rows a group: the most rows that fit, of the fewest vectors. vectors is 0 where nothing fits.
+// Vectors a thread and rows a group: the most rows that fit, and of these the fewest instructions. vectors is 0 where
+// nothing fits. µs at rank 4 of 32768 rows in groups of eight with 6, 8, 10 and 12 vectors on a GPU that bf16 products
+// keep hot: K = 1152: 41, 41, 43, 41 | 1920: 65, 67, 64, 59 | 3072: 115, 114, 95, 92 | 4608: -, -, 152, 145 | 5120:
+// -, -, 160, 165. On a cool one more warps of 6 and 8 vectors were as fast (H200, 2026-11-29).
 struct GroupPlan {
   int vectors = 0;
   GroupShape shape = {};
 };
 
 inline GroupPlan plan_groups(int64_t k_pad, int rank, int shared_limit) {
+  constexpr int64_t kOverhead = 2;  // beside its vectors a warp has to find maxima and scales, which takes as long
   for (int log2_rows = 3; log2_rows >= 1; --log2_rows) {
-    for (int vectors : {6, 8, 10, 12}) {
+    GroupPlan best;
+    int64_t least = 0;
+    for (int vectors : {12, 10, 8}) {
       const int64_t elements = kSegment * vectors * (kLines >> log2_rows);  // of a warp in one row
-      const int64_t warps = (k_pad + elements - 1) / elements;
+      const int64_t warps = (k_pad + elements - 1) / elements, cost = warps * (vectors + kOverhead);
       const GroupShape shape{log2_rows, static_cast<int>(warps)};
       const int shared = shape.alpha_bytes(rank, vectors) + group_bytes(shape, rank, vectors);
-      if (warps <= max_group_warps(vectors) && shared <= shared_limit) return {vectors, shape};
+      if (warps > kMaxWarps || shared > shared_limit) continue;
+      if (best.vectors == 0 || cost < least) best = {vectors, shape}, least = cost;
     }
+    if (best.vectors > 0) return best;
   }
   return {};
 }
@@ -485,8 +488,6 @@ int32_t launch_groups(const QuantizeParams& params, bool& fits, cudaStream_t str
   switch (plan.vectors) {
     case 0:
       return QVDIT_OK;
-    case 6:
-      return launch_groups<In, 6>(params, plan.shape, stream);
     case 8:
       return launch_groups<In, 8>(params, plan.shape, stream);
     case 10:

@@ -122,14 +122,16 @@ struct qvdit_gemm_args {
   const int32_t* row_sum;     // [M] or null
 
   const float* u;     // [N / segment · R, M] or null
-  const float* beta;  // [R, N] or null
+  const void* beta;   // [R, N] of beta_dtype, or null
   int64_t rank;       // R, at most 32
   int64_t segment;    // columns of a linear, a multiple of 128 that divides N; or N itself
   const float* bias;  // [N] or null
 
   void* y;          // [M, N] of y_dtype
-  int32_t y_dtype;  // QVDIT_F32, QVDIT_F16, QVDIT_BF16; QVDIT_S32 gives acc itself, for tests
-  int32_t tile;     // enum qvdit_tile
+  int32_t y_dtype;     // QVDIT_F32, QVDIT_F16, QVDIT_BF16; QVDIT_S32 gives acc itself, for tests
+  int32_t tile;        // enum qvdit_tile
+  int32_t beta_dtype;  // QVDIT_F32; or QVDIT_F16, as the contract stores it: faster of several ranks, slower of one
+  int32_t reserved;    // 0
 };
 
 // softmax(scale · q kᵀ) v, head by head, without the scores ever in memory. q, k and v may be parts of one array: each says

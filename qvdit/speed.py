@@ -1,9 +1,8 @@
-"""The speed stage: ONNX Runtime on the CPU, full precision beside quantized, interleaved in one run."""
+"""The speed stage: ONNX Runtime on the CPU, full precision beside quantized, in turns."""
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import onnx
 import onnx.helper
 
+from qvdit.bench.turns import in_turns, milliseconds
 from qvdit.contract import FrameRows, LowBitLayer, StaticInt8Layer
 from qvdit.contract.layer import Layer, group_size, rotation_block
 from qvdit.export import graph
@@ -41,8 +41,8 @@ def measure_speed(
     forward, linear = [], []
     for bout in range(_BOUTS):
         progress(bout, _BOUTS)
-        forward.append(interleaved([partial(s.run, None, inputs) for s in models], _REPEATS))
-        linear.append(interleaved([partial(s.run, None, x) for s in pair], _LINEAR_REPEATS))
+        forward.append(_medians([partial(s.run, None, inputs) for s in models], _REPEATS))
+        linear.append(_medians([partial(s.run, None, x) for s in pair], _LINEAR_REPEATS))
     progress(_BOUTS, _BOUTS)
     (fp32, fp32_spread), (low, low_spread) = over_bouts(forward)
     (linear_fp32, _), (linear_low, _) = over_bouts(linear)
@@ -58,29 +58,19 @@ def measure_speed(
     }
 
 
-def over_bouts(bouts: list[list[tuple[float, float]]]) -> list[tuple[float, float]]:
+def over_bouts(bouts: list[list[float]]) -> list[tuple[float, float]]:
     """(median of the bouts' medians, what lies between the least and the greatest of them over it) of each call."""
     results = []
-    for medians in zip(*([median for median, _ in bout] for bout in bouts), strict=True):
+    for medians in zip(*bouts, strict=True):
         median = statistics.median(medians)
         results.append((median, round((max(medians) - min(medians)) / median, 4)))
     return results
 
 
-def interleaved(calls: list[Callable[[], object]], repeats: int) -> list[tuple[float, float]]:
-    """(median in ms, interquartile range / median) of each call, taken in turns so that drift hits all alike."""
-    times: list[list[float]] = [[] for _ in calls]
-    for round_ in range(repeats + 1):
-        for call, taken in zip(calls, times, strict=True):
-            started = time.perf_counter()
-            call()
-            if round_:  # the first round warms up
-                taken.append((time.perf_counter() - started) * 1e3)
-    results = []
-    for taken in times:
-        first, median, third = statistics.quantiles(taken, n=4)
-        results.append((round(median, 3), round((third - first) / median, 4)))
-    return results
+def _medians(calls: list[Callable[[], object]], repeats: int) -> list[float]:
+    """Each call's median in ms, of calls that take turns."""
+    times = in_turns({i: milliseconds(call) for i, call in enumerate(calls)}, repeats, warm_ups=1)
+    return [statistics.median(taken) for taken in times.values()]
 
 
 def _linear_models(like: Layer, rng: np.random.Generator) -> tuple[onnx.ModelProto, onnx.ModelProto]:

@@ -12,18 +12,31 @@ Name = TypeVar("Name")
 WARM_UPS = 2  # rounds that are not counted: clocks rise, caches fill
 
 
-def in_turns(timers: Mapping[Name, Callable[[], float]], repeats: int) -> dict[Name, list[float]]:
+def milliseconds(call: Callable[[], object]) -> Callable[[], float]:
+    """A timer of a call that has ended when it returns."""
+
+    def time_it() -> float:
+        started = time.perf_counter()
+        call()
+        return (time.perf_counter() - started) * 1e3
+
+    return time_it
+
+
+def in_turns(
+    timers: Mapping[Name, Callable[[], float]], repeats: int, warm_ups: int = WARM_UPS
+) -> dict[Name, list[float]]:
     """Every timer's times, taken in turns so that drift and heat hit all alike.
 
     Each round has an order of its own, the same in every run: clocks and caches are as whatever ran before leaves them.
     """
     times: dict[Name, list[float]] = {name: [] for name in timers}
     order, shuffler = list(timers), random.Random(0)
-    for round_ in range(WARM_UPS + repeats):
+    for round_ in range(warm_ups + repeats):
         shuffler.shuffle(order)
         for name in order:
             taken = timers[name]()
-            if round_ >= WARM_UPS:
+            if round_ >= warm_ups:
                 times[name].append(taken)
     return times
 

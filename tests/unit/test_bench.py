@@ -152,11 +152,24 @@ def test_turns_and_summaries():
     rounds = ["".join(order[i : i + 3]) for i in range(0, len(order), 3)]
     assert len(rounds) == repeats + turns.WARM_UPS
     assert set(rounds) == {"abc", "acb", "bac", "bca", "cab", "cba"}  # in any order, each of them once
+    assert turns.in_turns({"d": timer("d", 4.0)}, 2, warm_ups=0) == {"d": [4.0, 4.0]}
+    del order[-2:]
     before = order.copy()
     order.clear()
     turns.in_turns(timers, repeats)
     assert order == before
     assert turns.summary([4.0, 1.0, 2.0, 3.0, 5.0]) == (3.0, 1.0)
+
+
+def test_milliseconds_are_of_the_whole_call(monkeypatch: pytest.MonkeyPatch):
+    now = 1.0
+
+    def call() -> None:
+        nonlocal now
+        now += 0.25
+
+    monkeypatch.setattr(turns.time, "perf_counter", lambda: now)
+    assert turns.milliseconds(call)() == 250.0
 
 
 def test_long_turns_count_from_the_middle():

@@ -25,6 +25,7 @@ import torch  # noqa: E402
 from placement import placement  # noqa: E402
 
 import qvdit.runtimes  # noqa: E402
+from qvdit.bench.turns import in_turns, milliseconds, summary  # noqa: E402
 from qvdit.contract import QvditError  # noqa: E402
 from qvdit.contract.bundle import ORT_MODEL, read_manifest  # noqa: E402
 from qvdit.contract.parity import load_reference  # noqa: E402
@@ -32,7 +33,6 @@ from qvdit.export.functions import DOMAIN  # noqa: E402
 from qvdit.runtimes.onnxruntime import OnnxRuntimeSession  # noqa: E402
 from qvdit.runtimes.parity import check_bundle  # noqa: E402
 from qvdit.runtimes.tensorrt.device import Device  # noqa: E402
-from qvdit.speed import interleaved  # noqa: E402
 
 REPEATS, WARM = 50, 10
 
@@ -82,7 +82,8 @@ def measure(bundle: Path, baseline: Path | None) -> dict[str, Any]:
     for call in calls.values():
         for _ in range(WARM):
             call()
-    times = dict(zip(calls, interleaved(list(calls.values()), REPEATS), strict=True))
+    taken = in_turns({name: milliseconds(call) for name, call in calls.items()}, REPEATS)
+    times = {name: summary(each) for name, each in taken.items()}
     with tempfile.TemporaryDirectory() as folder:
         places = placement(bundle / ORT_MODEL, load_reference(bundle).inputs, Path(folder))
     return {

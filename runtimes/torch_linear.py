@@ -30,7 +30,7 @@ class KernelLinear(torch.nn.Module):
     bias: torch.Tensor | None  # float32 [S · N]
     inv_smooth: torch.Tensor | None  # float32 [K]
     alpha: torch.Tensor | None  # float32 [S · R, K]
-    beta: torch.Tensor | None  # [R, S · N], float32 of one rank, float16 of more
+    beta: torch.Tensor | None  # [R, S · N], float32; of several ranks float16, where it holds all
     frame_gain: torch.Tensor | None  # float32 [S, T]
 
     def __init__(self, *layers: LowBitLayer):
@@ -47,8 +47,9 @@ class KernelLinear(torch.nn.Module):
         self.frames = 0 if first.frame_gain is None or not first.rank else len(first.frame_gain)
         self.segment = first.shape[0]
         constants = dict(vars(KernelConstants.of(layers)))
-        if first.rank > 1:
-            constants["beta"] = constants["beta"].astype(np.float16)  # what it was: see torch_ops.low_bit_linear
+        if first.rank > 1:  # float16 is faster then, and what layers hold
+            half = constants["beta"].astype(np.float16)
+            constants["beta"] = half if np.array_equal(half, constants["beta"]) else constants["beta"]
         for name, value in constants.items():
             self.register_buffer(name, None if value is None else torch.from_numpy(np.array(value, order="C")))
 

@@ -44,14 +44,18 @@ struct EpilogueFragment {
     }
   }
 
-  // beta of a rank.
-  __device__ __forceinline__ void beta_pair(int r, int p, float& a, float& b) const {
-    if (args.beta_dtype == QVDIT_F16) {
-      __half half_a, half_b;
-      pair<__half, __half2>(static_cast<const __half*>(args.beta) + r * args.n, p, half_a, half_b);
-      a = __half2float(half_a), b = __half2float(half_b);
-    } else {
-      pair<float, float2>(static_cast<const float*>(args.beta) + r * args.n, p, a, b);
+  // y += u beta of a rank, of beta's type: known here, or each pair's loads would wait for those before.
+  template <typename T, typename T2>
+  __device__ __forceinline__ void add_rank(int r, const float (&u)[kRows], float (&y)[kRows][kPairs][2]) const {
+    const T* const beta = static_cast<const T*>(args.beta) + r * args.n;
+#pragma unroll
+    for (int p = 0; p < kPairs; ++p) {
+      T a, b;
+      pair<T, T2>(beta, p, a, b);
+#pragma unroll
+      for (int m = 0; m < kRows; ++m) {
+        y[m][p][0] += u[m] * static_cast<float>(a), y[m][p][1] += u[m] * static_cast<float>(b);
+      }
     }
   }
 
@@ -105,12 +109,10 @@ struct EpilogueFragment {
       float u[kRows];
 #pragma unroll
       for (int m = 0; m < kRows; ++m) u[m] = __ldg(segment_u + r * args.m + row[m]);
-#pragma unroll
-      for (int p = 0; p < kPairs; ++p) {
-        float a, b;
-        beta_pair(r, p, a, b);
-#pragma unroll
-        for (int m = 0; m < kRows; ++m) y[m][p][0] += u[m] * a, y[m][p][1] += u[m] * b;
+      if (args.beta_dtype == QVDIT_F16) {
+        add_rank<__half, __half2>(r, u, y);
+      } else {
+        add_rank<float, float2>(r, u, y);
       }
     }
     if (args.bias) {

@@ -79,6 +79,14 @@ QVDIT_API void qvdit_host_round_quotients(const float* x, float divisor, int64_t
   }
 }
 
+// The bits of kRounder + round(x) of every x [count].
+QVDIT_API void qvdit_host_rounded_bits(const float* x, int64_t count, uint32_t* bits) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float sum = qvdit::rounder_plus_quotient(x[i], 1.0f, 1.0f);
+    std::memcpy(bits + i, &sum, sizeof(sum));
+  }
+}
+
 // How many of the x near a tie are rounded otherwise than by a division, for divisors of mantissa first, first + step …
 // below 2^24 (the smallest is 2^23).
 QVDIT_API int64_t qvdit_host_wrong_quotients(int64_t first, int64_t step) {

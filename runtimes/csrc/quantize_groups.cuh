@@ -12,8 +12,8 @@
 // Its 8 columns are four slots, each a rank of one segment, times the two halves of a lane's elements.
 //
 // x_q - zero is a number of float16, and so is alpha as layers hold it: their products are exact, and are summed up in
-// float32, in an order that depends on K alone. Where any alpha is no such number, the rank's term is float32 products.
-// alpha becomes float16 once a block.
+// float32, in an order that depends on K, the rank and the GPU, not on how many rows there are. Where any alpha is no
+// such number, all of the term is float32 products. alpha becomes float16 once a block.
 //
 // The next rows come to shared memory while these are computed.
 //
@@ -97,7 +97,7 @@ struct GroupValues {
     words[v] = make_uint4(pair(0), pair(4), pair(2), pair(6));
   }
 
-  // Σ of such integers, over the lanes of a line; eight of them are at most 2040, which float16 holds.
+  // Σ of such integers, over the lanes of a line; four of them are at most 1020, which float16 holds.
   __device__ __forceinline__ int sum() const {
     float sum = 0.f;
 #pragma unroll
@@ -433,6 +433,8 @@ struct GroupPlan {
 
 inline GroupPlan plan_groups(int64_t k_pad, int rank, int shared_limit) {
   constexpr int64_t kOverhead = 2;  // beside its vectors a warp has to find maxima and scales, which takes as long
+  // On a multiprocessor, where alpha leaves less room: fewer would wait too long, and a row is quantized for itself.
+  constexpr int kFewestWarps = 8;
   for (int log2_rows = 3; log2_rows >= 1; --log2_rows) {
     GroupPlan best;
     int64_t least = 0;
@@ -440,8 +442,8 @@ inline GroupPlan plan_groups(int64_t k_pad, int rank, int shared_limit) {
       const int64_t elements = kSegment * vectors * (kLines >> log2_rows);  // of a warp in one row
       const int64_t warps = (k_pad + elements - 1) / elements, cost = warps * (vectors + kOverhead);
       const GroupShape shape{log2_rows, static_cast<int>(warps)};
-      const int shared = shape.alpha_bytes(rank, vectors) + group_bytes(shape, rank, vectors);
-      if (warps > kMaxWarps || shared > shared_limit) continue;
+      const int room = (shared_limit - shape.alpha_bytes(rank, vectors)) / group_bytes(shape, rank, vectors);  // of groups
+      if (warps > kMaxWarps || std::min<int64_t>(room, kMaxGroups) * warps < kFewestWarps) continue;
       if (best.vectors == 0 || cost < least) best = {vectors, shape}, least = cost;
     }
     if (best.vectors > 0) return best;

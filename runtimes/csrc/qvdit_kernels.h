@@ -127,7 +127,7 @@ struct qvdit_gemm_args {
   int64_t segment;    // columns of a linear, a multiple of 128 that divides N; or N itself
   const float* bias;  // [N] or null
 
-  void* y;          // [M, N] of y_dtype
+  void* y;             // [M, N] of y_dtype
   int32_t y_dtype;     // QVDIT_F32, QVDIT_F16, QVDIT_BF16; QVDIT_S32 gives acc itself, for tests
   int32_t tile;        // enum qvdit_tile
   int32_t beta_dtype;  // QVDIT_F32; or QVDIT_F16, as the contract stores it: faster of several ranks, slower of one

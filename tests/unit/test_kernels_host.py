@@ -82,6 +82,16 @@ def test_other_widths_are_refused(host, bits):
     assert host.qvdit_host_unpack(nothing, bits, nothing, size, size, nothing) == cuda.Status.INVALID
 
 
+def test_rounded_quotients_hold_an_integer_as_byte_and_as_float16(host):
+    q = np.arange(-511, 512)
+    x, bits = q.astype(np.float32), np.zeros(len(q), np.uint32)
+    host.qvdit_host_rounded_bits(
+        x.ctypes.data_as(ctypes.c_void_p), ctypes.c_int64(len(q)), bits.ctypes.data_as(ctypes.c_void_p)
+    )
+    np.testing.assert_array_equal(bits & 0xFF, q & 0xFF)
+    np.testing.assert_array_equal((bits & 0xFFFF).astype(np.uint16).view(np.float16), 1536.0 + q)
+
+
 def test_quotients_near_ties_are_rounded_as_a_division_is(host):
     """2048 divisors; QVDIT_EXHAUSTIVE=1 takes all 2^23 (ten seconds)."""
     step = 1 if os.environ.get("QVDIT_EXHAUSTIVE") else 4097

@@ -587,6 +587,8 @@ def test_a_plain_node(core):
         "y": outputs[0],
         "y_dtype": F16,
         "tile": cuda.Tile.AUTO,
+        "beta_dtype": F32,
+        "reserved": 0,
     }
 
 
@@ -611,7 +613,7 @@ def test_a_full_node(core):
     assert (gemm.zero, gemm.weight_sum) == (pieces["zero"], pieces["weight_sum"])
     assert (gemm.weight_zero, gemm.row_sum) == (given["weight_zero"], pieces["row_sum"])
     assert (gemm.u, gemm.beta, gemm.rank, gemm.segment) == (pieces["u"], given["beta"], 3, 128)
-    assert gemm.bias == given["bias"]
+    assert (gemm.bias, gemm.beta_dtype) == (given["bias"], F32)
 
 
 @pytest.mark.parametrize(

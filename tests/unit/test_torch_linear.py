@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -72,7 +74,7 @@ def eager_low_bit_linear(
     if beta is not None:
         rank, n = beta.shape
         assert len(u) == rank * (n // segment)
-        terms = [u[i * rank : (i + 1) * rank].T @ b for i, b in enumerate(beta.split(segment, 1))]
+        terms = [u[i * rank : (i + 1) * rank].T @ b.float() for i, b in enumerate(beta.split(segment, 1))]
         y = y + torch.cat(terms, 1)
     return (y if bias is None else y + bias).to(out_dtype)
 
@@ -126,12 +128,22 @@ def test_buffers(bits, k, parts, low_bit_layer):
     np.testing.assert_array_equal(unpack(module.words.numpy().view(np.uint32), bits, k), layer.weight_q)
     np.testing.assert_array_equal(module.alpha, layer.alpha.T.astype(np.float32))
     assert module.alpha.is_contiguous()
-    np.testing.assert_array_equal(module.beta, layer.beta.astype(np.float32))
+    assert (module.alpha.dtype, module.beta.dtype) == (torch.float32, torch.float16)
+    np.testing.assert_array_equal(module.beta, layer.beta)
     for name in ("weight_scale", "weight_zero", "bias", "inv_smooth", "frame_gain"):
         held, expected = getattr(module, name), getattr(layer, name)
         assert (held is None) == (expected is None)
         if expected is not None:
             np.testing.assert_array_equal(held.reshape(expected.shape), expected)
+
+
+def test_factors_are_of_the_type_that_is_fastest_and_holds_them(low_bit_layer):
+    assert KernelLinear(low_bit_layer(10, 64, 4, (), rank=1)).beta.dtype == torch.float32
+    layer = low_bit_layer(10, 64, 4, (), rank=2)
+    wide = replace(layer, beta=layer.beta + np.float32(2.0**-20))
+    module = KernelLinear(wide)
+    assert module.beta.dtype == torch.float32
+    np.testing.assert_array_equal(module.beta, wide.beta)
 
 
 @pytest.mark.usefixtures("eager")

@@ -442,8 +442,9 @@ inline GroupPlan plan_groups(int64_t k_pad, int rank, int shared_limit) {
       const int64_t elements = kSegment * vectors * (kLines >> log2_rows);  // of a warp in one row
       const int64_t warps = (k_pad + elements - 1) / elements, cost = warps * (vectors + kOverhead);
       const GroupShape shape{log2_rows, static_cast<int>(warps)};
-      const int room = (shared_limit - shape.alpha_bytes(rank, vectors)) / group_bytes(shape, rank, vectors);  // of groups
-      if (warps > kMaxWarps || std::min<int64_t>(room, kMaxGroups) * warps < kFewestWarps) continue;
+      const int room = shared_limit - shape.alpha_bytes(rank, vectors);
+      const int64_t groups = std::min(room / group_bytes(shape, rank, vectors), kMaxGroups);
+      if (warps > kMaxWarps || groups * warps < kFewestWarps) continue;
       if (best.vectors == 0 || cost < least) best = {vectors, shape}, least = cost;
     }
     if (best.vectors > 0) return best;

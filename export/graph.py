@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -176,7 +177,7 @@ def _low_bit(layer: LowBitLayer) -> Fill:
         inputs = [held.get(name, "") for name in INPUTS]
         while not inputs[-1]:
             inputs.pop()
-        values = {name: int(getattr(layer, name)) for name in ATTRIBUTES}
+        values: dict[str, Any] = {name: int(getattr(layer, name)) for name in ATTRIBUTES}
         call = onnx.helper.make_node(
             NODE, inputs, list(node.output), layer.name, domain=DOMAIN, overload=Variant.of(layer).overload, **values
         )
@@ -206,7 +207,7 @@ def static_int8(layer: StaticInt8Layer, body: Body, float_weights: bool = False)
     8.6 reads INT8 constants and fails on them later.
     """
     # TensorRT wants signed activations and zero point 0; ONNX Runtime on x86 is eight times as fast with unsigned ones.
-    zero_point = np.int8(0) if body == "qdq" else np.uint8(128)
+    zero_point = np.array(0, np.int8) if body == "qdq" else np.array(128, np.uint8)
 
     def build(node: onnx.NodeProto, editor: GraphEditor) -> list[onnx.NodeProto]:
         name, x, make = layer.name, node.input[0], onnx.helper.make_node
@@ -215,7 +216,7 @@ def static_int8(layer: StaticInt8Layer, body: Body, float_weights: bool = False)
             nodes.append(make("Mul", [x, editor.constant(f"{name}:inv_smooth", layer.inv_smooth)], [f"{name}:smooth"]))
             x = f"{name}:smooth"
         act_scale = editor.constant(f"{name}:act_scale", layer.act_scale)
-        act_zero = editor.constant(f"{name}:act_zero", zero_point.reshape(()))
+        act_zero = editor.constant(f"{name}:act_zero", zero_point)
         # Stored [K, N], as a MatMul reads it: runtimes fuse Q/DQ with a MatMul, seldom across a Transpose.
         integers = np.ascontiguousarray(layer.weight_q.T)
         weight_scale = editor.constant(f"{name}:weight_scale", layer.weight_scale)

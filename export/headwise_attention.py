@@ -86,7 +86,10 @@ class _Finder:
         queries, factor = scaled
         found = (self.source(queries), self.keys(scores.input[1]), self.source(product.input[1]))
         sources = [source for source in found if source is not None and self.fits(source, low)]
-        if len(sources) != 3 or not self.suits(*sources, joined):
+        if len(sources) != 3:
+            return {}
+        q, k, v = sources
+        if not self.suits(q, k, v, joined):
             return {}
         return {joined: self.made(sources, _exact(factor, sources[0]), low, joined)}
 

@@ -7,6 +7,7 @@ model keeps in ``model.onnx.data`` is read from there.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import onnx
 import onnx.helper
@@ -71,7 +72,7 @@ def _add_node(graph: onnx.GraphProto, node: onnx.NodeProto) -> None:
     )
 
 
-def _texts(attributes: dict[str, object]) -> Iterator[tuple[str, object]]:
+def _texts(attributes: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     for key, value in attributes.items():
         yield key, value.decode() if isinstance(value, bytes) else value
 

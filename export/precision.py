@@ -45,9 +45,12 @@ LowType = Literal["float16", "bfloat16"]
 
 FLOAT = TensorProto.FLOAT
 _TENSOR_TYPE = {"float16": TensorProto.FLOAT16, "bfloat16": TensorProto.BFLOAT16}
-_NUMPY_TYPE = {TensorProto.FLOAT16: np.dtype(np.float16), TensorProto.BFLOAT16: np.dtype(ml_dtypes.bfloat16)}
+_NUMPY_TYPE: dict[int, np.dtype] = {
+    TensorProto.FLOAT16: np.dtype(np.float16),
+    TensorProto.BFLOAT16: np.dtype(ml_dtypes.bfloat16),
+}
 # Three bits of headroom below 65504: other prompts and steps than the measured ones reach further.
-LARGEST = {TensorProto.FLOAT16: 8192.0, TensorProto.BFLOAT16: 1e38}
+LARGEST: dict[int, float] = {TensorProto.FLOAT16: 8192.0, TensorProto.BFLOAT16: 1e38}
 
 _PRODUCTS = {"MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum", NODE}
 _MOVES = {"Concat", "Expand", "Flatten", "Gather", "GatherElements", "GatherND", "Identity", "Reshape", "Slice"}

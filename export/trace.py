@@ -76,6 +76,7 @@ def trace(
             custom_translation_table=TRANSLATIONS if fusable_attention else None,
             verbose=False,
         )
+    assert program is not None  # as ever with dynamo=True
     proto = program.model_proto
     _tidy(proto, adapter)
     return proto

@@ -11,6 +11,7 @@ Symbols: K input features, N output features, B features of a block, R rank, T f
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -24,7 +25,7 @@ from qvdit.export.graph import Fill, FullWeights, GraphEditor, drop_domain, fill
 
 WEIGHT_ONLY_OPSET = 21  # the first with INT4 and blocks
 BLOCKS = (128, 64)  # B, as NVIDIA's ModelOpt writes them; the larger one where it divides K
-_SMALLEST = {TensorProto.FLOAT16: 2.0**-24}  # positive number
+_SMALLEST: dict[int, float] = {TensorProto.FLOAT16: 2.0**-24}  # positive number
 
 
 def weight_only_model(typed: onnx.ModelProto, layers: Sequence[Layer], kept: dict[str, FullWeights]) -> onnx.ModelProto:
@@ -164,7 +165,7 @@ class _Linear:
         whole = self.node("Shape", [factor], "whole")
         return self.node("Reshape", [scaled, whole], "gained")
 
-    def node(self, kind: str, inputs: list[str], name: str, **attributes: int | None) -> str:
+    def node(self, kind: str, inputs: list[str], name: str, **attributes: Any) -> str:
         output = f"{self.layer.name}:{name}"
         self.made.append(onnx.helper.make_node(kind, inputs, [output], output, **attributes))
         return output

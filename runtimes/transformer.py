@@ -79,7 +79,7 @@ class RuntimeTransformer:
                 f"argument {sorted(unknown)[0]!r}", "only what the model was exported with", "leave it out"
             )
         stays = self._device != "cpu" and getattr(hidden_states, "is_cuda", False)
-        inputs = {
+        inputs: dict[str, Any] = {
             name: _on_device(value, hidden_states.device) if stays else _numpy(value)
             for name, value in (
                 ("hidden_states", hidden_states),

@@ -49,7 +49,8 @@ class KernelLinear(torch.nn.Module):
         constants = dict(vars(KernelConstants.of(layers)))
         if first.rank > 1:  # float16 is faster then, and what layers hold
             half = constants["beta"].astype(np.float16)
-            constants["beta"] = half if np.array_equal(half, constants["beta"]) else constants["beta"]
+            if np.array_equal(half, constants["beta"]):
+                constants["beta"] = half
         for name, value in constants.items():
             self.register_buffer(name, None if value is None else torch.from_numpy(np.array(value, order="C")))
 

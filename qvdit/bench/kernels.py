@@ -107,29 +107,29 @@ def about(command: str, copy_tb_s: float) -> Results:
     import torch
 
     versions = {**tool_versions(), "python": platform.python_version(), "cuda": torch.version.cuda or "none"}
-    watts = _queried("power.limit")
+    uuid = f"GPU-{torch.cuda.get_device_properties('cuda').uuid}"
+    driver, watts = driver_and_limit(uuid)
     return Results(
         command,
         torch.cuda.get_device_name(),
-        _queried("driver_version") or "unknown",
+        driver,
         versions,
         date.today().isoformat(),
         copy_tb_s,
-        power_limit_w=float(watts) if watts and watts.replace(".", "", 1).isdigit() else None,
+        power_limit_w=watts,
     )
 
 
-def _queried(what: str) -> str | None:
-    """Something of the GPU that PyTorch uses, where nvidia-smi tells."""
-    import torch
-
-    uuid = str(torch.cuda.get_device_properties("cuda").uuid)
-    query = ["nvidia-smi", f"--id=GPU-{uuid}", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
+def driver_and_limit(uuid: str) -> tuple[str, float | None]:
+    """The NVIDIA driver's version and a GPU's power limit in watts, where nvidia-smi tells."""
+    query = ["nvidia-smi", "--query-gpu=uuid,driver_version,power.limit", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, check=True, timeout=30)
     except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None
+        return "unknown", None
+    gpus = [line.split(", ") for line in done.stdout.strip().splitlines()]
+    limit = next((limit for found, _, limit in gpus if found == uuid), "")
+    return gpus[0][1], float(limit) if limit.replace(".", "", 1).isdigit() else None
 
 
 def _free() -> None:

@@ -422,7 +422,7 @@ __global__ void __maxnreg__(group_registers(kVectors))
   finish(first, of ^ 1);
 }
 
-// Vectors a thread and rows a group: the most rows that fit, and of these the fewest instructions. vectors is 0 where
+// Vectors a thread and rows a group: the most rows that fit, of the vectors that cost least. vectors is 0 where
 // nothing fits. µs at rank 4 of 32768 rows in groups of eight with 6, 8, 10 and 12 vectors on a GPU that bf16 products
 // keep hot: K = 1152: 41, 41, 43, 41 | 1920: 65, 67, 64, 59 | 3072: 115, 114, 95, 92 | 4608: -, -, 152, 145 | 5120:
 // -, -, 160, 165. On a cool one more warps of 6 and 8 vectors were as fast (H200, 2026-11-29).
@@ -432,15 +432,13 @@ struct GroupPlan {
 };
 
 inline GroupPlan plan_groups(int64_t k_pad, int rank, int shared_limit) {
-  constexpr int64_t kOverhead = 2;  // beside its vectors a warp has to find maxima and scales, which takes as long
-  // On a multiprocessor, where alpha leaves less room: fewer would wait too long, and a row is quantized for itself.
-  constexpr int kFewestWarps = 8;
+  constexpr int kFewestWarps = 8;  // beside one alpha: fewer would wait too long, and a row is quantized for itself
   for (int log2_rows = 3; log2_rows >= 1; --log2_rows) {
     GroupPlan best;
     int64_t least = 0;
     for (int vectors : {12, 10, 8}) {
       const int64_t elements = kSegment * vectors * (kLines >> log2_rows);  // of a warp in one row
-      const int64_t warps = (k_pad + elements - 1) / elements, cost = warps * (vectors + kOverhead);
+      const int64_t warps = (k_pad + elements - 1) / elements, cost = warps_cost(warps, vectors);
       const GroupShape shape{log2_rows, static_cast<int>(warps)};
       const int room = shared_limit - shape.alpha_bytes(rank, vectors);
       const int64_t groups = std::min(room / group_bytes(shape, rank, vectors), kMaxGroups);

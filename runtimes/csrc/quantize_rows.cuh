@@ -673,17 +673,22 @@ int dynamic_shared_limit(const void* kernel);
 // How many blocks of a kernel run at once on the current device; lets it have the most shared memory it may ask for.
 int32_t resident_blocks(const void* kernel, int threads, int shared, int most_shared, int& blocks);
 
-// Vectors a thread, where inputs are not rotated: what costs a row's warps least. Beside its vectors a warp has to find
-// a row's maximum and scale, which takes as long as two of them. This chose the fastest of 3, 4 and 5 at each of ten
-// sizes but one, 12288 features after GELU (437 µs with four, 458 with five; H200, 2026-11-28).
-inline int vectors_per_thread(int64_t k_pad) {
+// What so many warps of so many vectors a thread cost. Beside its vectors a warp has to find maxima and scales, which
+// takes as long as two of them.
+constexpr int64_t warps_cost(int64_t warps, int vectors) {
   constexpr int kOverhead = 2;
+  return warps * (vectors + kOverhead);
+}
+
+// Vectors a thread, where inputs are not rotated: what costs a row's warps least. This chose the fastest of 3, 4 and 5
+// at each of ten sizes but one, 12288 features after GELU (437 µs with four, 458 with five; H200, 2026-11-28).
+inline int vectors_per_thread(int64_t k_pad) {
   int best = 0;
   int64_t least = 0;
   for (int candidate : {5, 4, 3}) {
     const int64_t held = 32 * candidate * kVector, warps = (k_pad + held - 1) / held;
     if (warps > max_warps(candidate)) continue;
-    const int64_t cost = warps * (candidate + kOverhead);
+    const int64_t cost = warps_cost(warps, candidate);
     if (best == 0 || cost < least) best = candidate, least = cost;
   }
   return best;

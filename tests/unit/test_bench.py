@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -255,6 +256,25 @@ def test_a_stopped_run_keeps_what_it_measured(tmp_path: Path):
     assert kept.shapes() == [WIDE, MLP]
     assert watch.seen == [12, 24]
     assert len(freed) == 2
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ("GPU-a, 580.1, 700.00\nGPU-b, 580.1, 350.00\n", ("580.1", 350.0)),
+        ("GPU-b, 580.1, [N/A]\n", ("580.1", None)),
+        ("GPU-a, 580.1, 700.00\n", ("580.1", None)),  # a part of a GPU has a name of its own
+    ],
+)
+def test_what_nvidia_smi_tells(lines: str, expected: tuple[str, float | None], monkeypatch: pytest.MonkeyPatch):
+    done = subprocess.CompletedProcess([], 0, lines)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    assert kernels.driver_and_limit("GPU-b") == expected
+
+
+def test_without_nvidia_smi_the_driver_is_unknown(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", "")
+    assert kernels.driver_and_limit("GPU-b") == ("unknown", None)
 
 
 def test_the_file_holds_what_others_rely_on(tmp_path: Path):

@@ -79,10 +79,7 @@ def measure(bundle: Path, baseline: Path | None) -> dict[str, Any]:
         print(f"{bundle.name}: no drop-in beside it: {kernels}")
     else:
         calls["pytorch_kernels_bf16"] = kernels
-    for call in calls.values():
-        for _ in range(WARM):
-            call()
-    taken = in_turns({name: milliseconds(call) for name, call in calls.items()}, REPEATS)
+    taken = in_turns({name: milliseconds(call) for name, call in calls.items()}, REPEATS, WARM)
     times = {name: summary(each) for name, each in taken.items()}
     with tempfile.TemporaryDirectory() as folder:
         places = placement(bundle / ORT_MODEL, load_reference(bundle).inputs, Path(folder))

@@ -22,7 +22,7 @@ from qvdit.export.precision import LARGEST
 from qvdit.export.values import Extent, Values, drop_unread
 
 ATTENTION = "HeadwiseAttention"  # not Attention: newer ONNX has an operator of that name, which a parser would take
-PLUGIN_VERSION = "3"
+PLUGIN_VERSION = "4"
 _LARGEST_HEAD, _STEP = 128, 8  # of qvdit_attention
 _HEADS = [0, 2, 1, 3]  # [B, L, H, D] ↔ [B, H, L, D]
 

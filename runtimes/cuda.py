@@ -14,7 +14,7 @@ from pathlib import Path
 
 from qvdit.contract import QvditError
 
-ABI = 8  # QVDIT_ABI
+ABI = 9  # QVDIT_ABI
 STORED_ZERO = 128  # asymmetric x_q and z_x are stored less this, to fit int8
 
 VARIABLE = "QVDIT_KERNELS"  # names the library's file

@@ -29,8 +29,8 @@ class KernelLinear(torch.nn.Module):
     weight_zero: torch.Tensor | None  # int8 [S · N]
     bias: torch.Tensor | None  # float32 [S · N]
     inv_smooth: torch.Tensor | None  # float32 [K]
-    alpha: torch.Tensor | None  # float32 [S · R, K]
-    beta: torch.Tensor | None  # [R, S · N], float32; of several ranks float16, where it holds all
+    alpha: torch.Tensor | None  # float16 [S · R, K]
+    beta: torch.Tensor | None  # [R, S · N], float16; of rank 1 float32
     frame_gain: torch.Tensor | None  # float32 [S, T]
 
     def __init__(self, *layers: LowBitLayer):
@@ -46,12 +46,7 @@ class KernelLinear(torch.nn.Module):
         self.rank, self.rows, self.rotation = first.rank, first.rows, first.rotation
         self.frames = 0 if first.frame_gain is None or not first.rank else len(first.frame_gain)
         self.segment = first.shape[0]
-        constants = dict(vars(KernelConstants.of(layers)))
-        if first.rank > 1:  # float16 is faster then, and what layers hold
-            half = constants["beta"].astype(np.float16)
-            if np.array_equal(half, constants["beta"]):
-                constants["beta"] = half
-        for name, value in constants.items():
+        for name, value in vars(KernelConstants.of(layers)).items():
             self.register_buffer(name, None if value is None else torch.from_numpy(np.array(value, order="C")))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -54,7 +54,7 @@ def quantize_rows(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Steps 1 and 2 of LowBitLinear for x [..., K], float32, float16 or bfloat16.
 
-    inv_smooth: float32 [K]. alpha: float32 [R, K], transposed; numbers of float16, as layers hold them, are faster.
+    inv_smooth: float32 [K]. alpha: float16 [R, K], transposed.
     frame_gain: float32 [T], for row m that of frame (m // tokens_per_frame) mod T; or [S, T], for S linears that read
     the same x, each with R / S of alpha's rows.
     prologue: plain, gelu (tanh) or layernorm (without weights, then · (1 + modulation_scale) + modulation_shift,
@@ -283,7 +283,7 @@ def quantize_arguments(
         frame_gain=_pointer(frame_gain, torch.float32),
         tokens_per_frame=tokens_per_frame,
         ranks_per_gain=rank // _rows(frame_gain),
-        alpha=_pointer(alpha, torch.float32, (rank, k)),
+        alpha=_pointer(alpha, torch.float16, (rank, k)),
         rank=rank,
         x_q=_pointer(x_q, torch.int8),
         scale=_pointer(scale, torch.float32),

@@ -45,7 +45,7 @@ class LowBit:
     weight: list[torch.Tensor]  # int8 [N, K]: the 4-bit words, unpacked
     scale: torch.Tensor  # float32 [N]
     bias: torch.Tensor  # float32 [N]
-    alpha: torch.Tensor  # float32 [4, K], numbers of float16, as layers hold them
+    alpha: torch.Tensor  # float16 [4, K]
     beta: dict[int, torch.Tensor]  # by rank: [R, N], of the type that layers hold on the GPU
     gain: torch.Tensor  # float32 [T]
     modulation: torch.Tensor  # float32 [2, K]
@@ -66,7 +66,7 @@ class LowBit:
             weight=[torch_ops.unpack_weight(w, 4, k, None, False)[0] for w in packed[4]],
             scale=torch.rand(n, device=device) / k,
             bias=torch.randn(n, device=device),
-            alpha=torch.randn(4, k, device=device).half().float(),
+            alpha=torch.randn(4, k, device=device).half(),
             beta={1: beta[:1].float(), 4: beta},
             gain=torch.rand(FRAMES, device=device),
             modulation=torch.randn(2, k, device=device),

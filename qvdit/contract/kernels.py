@@ -81,8 +81,8 @@ class KernelConstants:
     weight_zero: np.ndarray | None  # int8 [S · N]
     bias: np.ndarray | None  # float32 [S · N]
     inv_smooth: np.ndarray | None  # float32 [K]
-    alpha: np.ndarray | None  # float32 [S · R, K]: transposed
-    beta: np.ndarray | None  # float32 [R, S · N]
+    alpha: np.ndarray | None  # float16 [S · R, K]: transposed
+    beta: np.ndarray | None  # [R, S · N], float16; of rank 1 float32, which a kernel of one rank reads faster
     frame_gain: np.ndarray | None  # float32 [S, T]
 
     @staticmethod
@@ -98,8 +98,8 @@ class KernelConstants:
             weight_zero=_joined([layer.weight_zero for layer in layers]),
             bias=_biases(layers),
             inv_smooth=layers[0].inv_smooth,
-            alpha=np.concatenate(alphas).astype(np.float32) if alphas else None,
-            beta=np.concatenate(betas, axis=1).astype(np.float32) if betas else None,
+            alpha=np.concatenate(alphas) if alphas else None,
+            beta=np.concatenate(betas, axis=1, dtype=np.float32 if layers[0].rank == 1 else None) if betas else None,
             frame_gain=np.stack(gains) if gains else None,
         )
 

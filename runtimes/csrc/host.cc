@@ -28,7 +28,7 @@ void unpack(const uint32_t* words, const int8_t* zero, int64_t n, int64_t k, int
 
 int64_t wrong_quotients_of(uint32_t mantissa) {
   const float divisor = std::ldexp(static_cast<float>(mantissa), -23);
-  const float reciprocal = 1.0f / divisor;
+  const qvdit::RoundingDivisor by(divisor);
   int64_t wrong = 0;
   for (int half = 0; half < 256; ++half) {
     const float tie = (static_cast<float>(half) + 0.5f) * divisor;
@@ -37,7 +37,7 @@ int64_t wrong_quotients_of(uint32_t mantissa) {
     for (uint32_t near = bits - 2; near <= bits + 2; ++near) {
       float x;
       std::memcpy(&x, &near, sizeof(x));
-      wrong += qvdit::rounder_plus_quotient(x, divisor, reciprocal) != x / divisor + qvdit::kRounder;
+      wrong += by.rounder_plus_quotient(x) != x / divisor + qvdit::kRounder;
     }
   }
   return wrong;
@@ -71,18 +71,19 @@ QVDIT_API int32_t qvdit_host_unpack(const uint32_t* words, int32_t bits, const i
   }
 }
 
-// round(x / divisor) of every x [count].
+// round(x / divisor) of every x [count], 2^-96 <= divisor <= 2^96.
 QVDIT_API void qvdit_host_round_quotients(const float* x, float divisor, int64_t count, float* quotient) {
-  const float reciprocal = 1.0f / divisor;
+  const qvdit::RoundingDivisor by(divisor);
   for (int64_t i = 0; i < count; ++i) {
-    quotient[i] = qvdit::rounder_plus_quotient(x[i], divisor, reciprocal) - qvdit::kRounder;
+    quotient[i] = by.rounder_plus_quotient(x[i]) - qvdit::kRounder;
   }
 }
 
 // The bits of kRounder + round(x) of every x [count].
 QVDIT_API void qvdit_host_rounded_bits(const float* x, int64_t count, uint32_t* bits) {
+  const qvdit::RoundingDivisor by(1.0f);
   for (int64_t i = 0; i < count; ++i) {
-    const float sum = qvdit::rounder_plus_quotient(x[i], 1.0f, 1.0f);
+    const float sum = by.rounder_plus_quotient(x[i]);
     std::memcpy(bits + i, &sum, sizeof(sum));
   }
 }

@@ -108,6 +108,7 @@ extern "C" int32_t qvdit_quantize_rows(const qvdit_quantize_args* args, void* st
   params.args = *args;
   params.k_pad = qvdit::padded(args->k);
   params.levels = static_cast<float>((1 << (args->act_bits - (args->symmetric ? 1 : 0))) - 1);
+  params.levels_reciprocal = 1.f / params.levels;
   params.vectorized = args->k % qvdit::kVector == 0 && args->modulation_stride % 4 == 0 && aligned(args->x) &&
                       aligned(args->inv_smooth) && aligned(args->alpha) && aligned(args->modulation_scale) &&
                       aligned(args->modulation_shift);

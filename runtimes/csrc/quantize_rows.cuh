@@ -1,9 +1,9 @@
 // Per-token quantization: one row in the registers of one to sixteen warps, read once and written once.
 //
-//   device memory: sizeof(x) + 1 bytes an element (3 for fp16), plus 4 + 4 R bytes a row; alpha, inv_smooth and the
-//   modulation come from L1/L2, 4 bytes an element and rank. At 80 % of an H200's copy bandwidth (4.1 TB/s) a
-//   32768 x 5120 fp16 input takes 152 µs, 32768 x 1152 takes 34 µs.
-//   instructions, what it is bound by: symmetric, about 2 (load, convert, range) + 4 (quotient) + 1 (pack) an element
+//   device memory: sizeof(x) + 1 bytes an element (3 for fp16), plus 4 + 4 R bytes a row; inv_smooth, the modulation and
+//   alpha come from L1/L2, 4 bytes an element, of alpha 2 an element and rank. At 80 % of an H200's copy bandwidth
+//   (4.1 TB/s) a 32768 x 5120 fp16 input takes 152 µs, 32768 x 1152 takes 34 µs.
+//   instructions, what it is bound by: symmetric, about 2 (load, convert, range) + 3 (quotient) + 1 (pack) an element
 //   and 150 a row, + 1 with a low-rank term and 1.3 for each of its ranks; asymmetric 4 more an element. The bandwidth
 //   above leaves 21 an element on an H200.
 //
@@ -15,6 +15,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <initializer_list>
 #include <type_traits>
 
 #include "dependent_launch.cuh"
@@ -27,10 +28,6 @@ constexpr int kVector = 8;     // elements that a thread has for every 256 of it
 constexpr int kQuad = 4;       // of them beside each other in a row: 16 bytes of float32
 constexpr int kMaxWarps = 16;  // a row
 constexpr int kMaxRank = 32;
-
-// Warps a row may have where a thread has so many vectors: of five, 16 would need more shared memory than every device
-// has, in quantize_halves.cuh.
-constexpr int max_warps(int vectors) { return vectors > 4 ? 12 : kMaxWarps; }
 
 constexpr int kRotatedVectors = 4;                            // a thread's, where inputs are rotated
 constexpr int kMaxRotation = 32 * kRotatedVectors * kVector;  // features that one warp holds
@@ -60,6 +57,7 @@ struct QuantizeParams {
   qvdit_quantize_args args;
   int64_t k_pad;
   float levels;                   // what the range is divided by: 127 or 31; asymmetric 255 or 63
+  float levels_reciprocal;        // 1 / levels
   bool vectorized;                // every array may be read 16 bytes at a time, and K is a multiple of 8
   Divisor tokens, frames, ranks;  // tokens_per_frame, frames, ranks_per_gain
   Divisor modulated;              // rows_per_modulation
@@ -85,6 +83,7 @@ struct Halves<__half> {
   static __device__ __forceinline__ float2 floats(uint32_t word) {
     return __half22float2(reinterpret_cast<const __half2&>(word));
   }
+  static __device__ __forceinline__ Two two(float value) { return __float2half2_rn(value); }
 };
 
 template <>
@@ -93,6 +92,7 @@ struct Halves<__nv_bfloat16> {
   static __device__ __forceinline__ float2 floats(uint32_t word) {
     return make_float2(__uint_as_float(word << 16), __uint_as_float(word & 0xffff0000u));
   }
+  static __device__ __forceinline__ Two two(float value) { return __float2bfloat162_rn(value); }
 };
 
 // Sums and maxima of a thread's elements go in so many chains, or each operation would wait for the last.
@@ -203,12 +203,19 @@ struct RowValues {
       for (int i = 0; i < kVector; i += kVectorized ? kQuad : 1) {
         if (!inside(v, i)) continue;
         if constexpr (kVectorized) {
-          visit_quad(v, i, body, __ldg(reinterpret_cast<const float4*>(own + distance(v, i)))...);
+          visit_quad(v, i, body, quad(own + distance(v, i))...);
         } else {
-          body(v, i, __ldg(own + distance(v, i))...);
+          body(v, i, to_float(__ldg(own + distance(v, i)))...);
         }
       }
     }
+  }
+
+  static __device__ __forceinline__ float4 quad(const float* of) { return __ldg(reinterpret_cast<const float4*>(of)); }
+  static __device__ __forceinline__ float4 quad(const __half* of) {
+    const uint2 words = __ldg(reinterpret_cast<const uint2*>(of));
+    const float2 low = Halves<__half>::floats(words.x), high = Halves<__half>::floats(words.y);
+    return make_float4(low.x, low.y, high.x, high.y);
   }
 
   template <typename Body, typename... Quads>
@@ -334,31 +341,45 @@ struct LayerNormModulate {
 
 // A row's quantization grid: what x̃ is divided by, and how far its integers go.
 struct RowGrid {
-  float scale;       // NaN for a row with NaN or Inf in it
-  float divisor;     // of x̃; 0 where every integer is 0 anyway, so that no NaN arises
-  float reciprocal;  // of the divisor; 0 where that is 0
-  float zero;        // of x_q, before 128 is taken away
-  float highest;     // x_q - zero is at most this
+  float scale;               // NaN for a row with NaN or Inf in it
+  float factor;              // of x̃ before it is divided: 1; or kShrink; or 0 where every integer is 0, from NaN too
+  RoundingDivisor division;  // by scale · factor
+  float zero;                // of x_q, before 128 is taken away
+  float highest;             // x_q - zero is at most this
 
   // lowest: max(max -x̃, 0), highest: max(max x̃, 0), or both max |x̃| if symmetric; NaN if any x̃ is.
   template <bool kSymmetric>
-  static __device__ __forceinline__ RowGrid of(float lowest, float highest, float levels) {
+  static __device__ __forceinline__ RowGrid of(float lowest, float highest, const QuantizeParams& params) {
     const bool bad = !(isfinite(lowest) && isfinite(highest));
     const float range = kSymmetric ? highest : __fadd_rn(highest, lowest);
-    RowGrid grid;
-    grid.scale = fmaxf(__fdiv_rn(range, levels), kSmallestScale);
     // The sum may overflow although both are finite; x̃ / Inf is then 0.
-    const bool nothing = bad || isinf(grid.scale);
-    grid.divisor = nothing ? 0.f : grid.scale;
-    grid.reciprocal = nothing ? 0.f : __frcp_rn(grid.scale);
-    grid.zero = kSymmetric || nothing ? 0.f : rintf(__fdiv_rn(lowest, grid.scale));
+    const bool nothing = !isfinite(range);
+    RowGrid grid;
+    grid.scale = fmaxf(quotient_by_levels(range, params.levels, params.levels_reciprocal), kSmallestScale);
+    if (nothing) grid.scale = bad ? __int_as_float(0x7fffffff) : range;
+    grid.factor = nothing ? 0.f : grid.scale > RoundingDivisor::kGreatest ? RoundingDivisor::kShrink : 1.f;
+    if (!nothing) grid.division = RoundingDivisor(grid.scale * grid.factor);
+    grid.zero =
+        kSymmetric || nothing ? 0.f : grid.division.rounder_plus_quotient(lowest * grid.factor) - kRounder;
     // Symmetric: |x̃ / scale| <= 127 (1 + 2^-23) rounds to 127 at most. Asymmetric: both roundings may go up, to 256; at
     // the low end round(x̃ / scale) >= -zero, as rounding is monotone.
-    grid.highest = levels - grid.zero;
-    if (bad) grid.scale = __int_as_float(0x7fffffff);
+    grid.highest = params.levels - grid.zero;
     return grid;
   }
 };
+
+// A row's elements of 16 bits times its grid's factor, which is hardly ever not 1.
+template <typename In, int kVectors>
+__device__ __forceinline__ void multiply_halves(uint4 (&words)[kVectors], float factor) {
+  if (factor == 1.f) return;
+  const typename Halves<In>::Two factors = Halves<In>::two(factor);
+#pragma unroll
+  for (int v = 0; v < kVectors; ++v) {
+    typename Halves<In>::Two(&pairs)[4] = reinterpret_cast<typename Halves<In>::Two(&)[4]>(words[v]);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) pairs[j] = factor == 0.f ? factors : __hmul2(pairs[j], factors);
+  }
+}
 
 // A row's extremes, of rows that stay as they came, two elements of 16 bits a word. highest: max |x|, or max(max x, 0)
 // and lowest: max(max -x, 0); NaN if any x is.
@@ -393,8 +414,8 @@ __device__ __forceinline__ void integers_of_halves(const uint4& words, const Row
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     const float2 pair = Halves<In>::floats(pairs[j]);
-    q[2 * j] = rounder_plus_quotient(pair.x, grid.divisor, grid.reciprocal);
-    q[2 * j + 1] = rounder_plus_quotient(pair.y, grid.divisor, grid.reciprocal);
+    q[2 * j] = grid.division.rounder_plus_quotient(pair.x);
+    q[2 * j + 1] = grid.division.rounder_plus_quotient(pair.y);
   }
   if constexpr (!kSymmetric) {
 #pragma unroll
@@ -519,12 +540,12 @@ __device__ __forceinline__ void quantize_row(Values& values, RowThreads threads,
   }
   const float highest = threads.maximum(RowThreads::max_nan(highests));
   const float lowest = kSymmetric ? 0.f : threads.maximum(RowThreads::max_nan(lowests));
-  const RowGrid grid = RowGrid::of<kSymmetric>(lowest, highest, params.levels);
-  if (grid.divisor == 0.f) {  // no integers: neither from NaN nor from Inf
+  const RowGrid grid = RowGrid::of<kSymmetric>(lowest, highest, params);
+  if (grid.factor != 1.f) {
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
 #pragma unroll
-      for (int i = 0; i < kVector; ++i) values.x[v][i] = 0.f;
+      for (int i = 0; i < kVector; ++i) values.x[v][i] = grid.factor == 0.f ? 0.f : values.x[v][i] * grid.factor;
     }
   }
 
@@ -544,7 +565,7 @@ __device__ __forceinline__ void quantize_row(Values& values, RowThreads threads,
     float(&centred)[kVector] = values.x[v];  // from here on kRounder + x_q - zero
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      centred[i] = rounder_plus_quotient(centred[i], grid.divisor, grid.reciprocal);
+      centred[i] = grid.division.rounder_plus_quotient(centred[i]);
       if constexpr (!kSymmetric) centred[i] = fminf(centred[i], kRounder + grid.highest);
     }
 #pragma unroll
@@ -570,7 +591,7 @@ __device__ __forceinline__ void quantize_row(Values& values, RowThreads threads,
   for (int r = 0; r < rank; ++r) {
     float dots[kChains] = {};
     values.with([&](int v, int i, float alpha) { dots[i % kChains] += values.x[v][i] * alpha; },
-                args.alpha + static_cast<int64_t>(r) * args.k);
+                static_cast<const __half*>(args.alpha) + static_cast<int64_t>(r) * args.k);
     const float dot = warp_sum(total(dots));
     if (lane == 0) partial_u[threads.first + warp][r] = dot;
   }
@@ -680,14 +701,13 @@ constexpr int64_t warps_cost(int64_t warps, int vectors) {
   return warps * (vectors + kOverhead);
 }
 
-// Vectors a thread, where inputs are not rotated: what costs a row's warps least. This chose the fastest of 3, 4 and 5
-// at each of ten sizes but one, 12288 features after GELU (437 µs with four, 458 with five; H200, 2026-11-28).
-inline int vectors_per_thread(int64_t k_pad) {
+// Vectors a thread, of those that a kernel has: what costs a row's warps least.
+inline int vectors_per_thread(int64_t k_pad, std::initializer_list<int> candidates) {
   int best = 0;
   int64_t least = 0;
-  for (int candidate : {5, 4, 3}) {
+  for (int candidate : candidates) {
     const int64_t held = 32 * candidate * kVector, warps = (k_pad + held - 1) / held;
-    if (warps > max_warps(candidate)) continue;
+    if (warps > kMaxWarps) continue;
     const int64_t cost = warps_cost(warps, candidate);
     if (best == 0 || cost < least) best = candidate, least = cost;
   }
@@ -704,7 +724,7 @@ int32_t launch_quantize(const QuantizeParams& params, cudaStream_t stream) {
   const int rows = warps < kWarpsWanted ? kWarpsWanted / warps : 1;
   const int threads = 32 * warps * rows;
   constexpr int kStaged = kVectorized ? kVectors * kVector * static_cast<int>(sizeof(In)) : 0;  // bytes a thread
-  const int shared = threads * kStaged, most_shared = 32 * max_warps(kVectors) * kStaged;
+  const int shared = threads * kStaged, most_shared = 32 * kMaxWarps * kStaged;
   int resident = 0;  // blocks on the device at once
   if (const int32_t status =
           resident_blocks(reinterpret_cast<const void*>(kernel), threads, shared, most_shared, resident)) {
@@ -719,7 +739,9 @@ int32_t launch_quantize(const QuantizeParams& params, cudaStream_t stream) {
 template <typename In, typename Prologue>
 int32_t launch_quantize(const QuantizeParams& params, cudaStream_t stream) {
   if (!params.vectorized) return launch_quantize<In, Prologue, 4, false>(params, stream);
-  switch (params.args.rotation > 1 ? kRotatedVectors : vectors_per_thread(params.k_pad)) {
+  // This chose the fastest of them at each of ten sizes but one, 12288 features after GELU (437 µs with four vectors,
+  // 458 with five; H200, 2026-11-28).
+  switch (params.args.rotation > 1 ? kRotatedVectors : vectors_per_thread(params.k_pad, {5, 4, 3})) {
     case 3:
       return launch_quantize<In, Prologue, 3, true>(params, stream);
     case 4:

@@ -20,7 +20,7 @@ extern "C" {
 #endif
 
 // Changes whenever a struct or the meaning of a field does.
-#define QVDIT_ABI 8
+#define QVDIT_ABI 9
 
 enum qvdit_status {
   QVDIT_OK = 0,
@@ -77,8 +77,7 @@ struct qvdit_quantize_args {
   const float* frame_gain;   // [R / ranks_per_gain, T] or null
   int64_t tokens_per_frame;  // P
   int64_t ranks_per_gain;    // rows of alpha that share a row of frame_gain
-  const float* alpha;        // [R, K]: transposed, for 16-byte loads along K. Or null. From R = 2 on it is faster if
-                             // all of it are numbers of float16, as the contract stores them
+  const void* alpha;         // float16 [R, K]: transposed, for 16-byte loads along K. Or null
   int64_t rank;              // R, at most 32
 
   int8_t* x_q;         // [M, K_pad]. Symmetric: x_q; asymmetric: x_q - 128. Columns K … K_pad are 0

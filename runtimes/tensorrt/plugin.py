@@ -17,7 +17,7 @@ from qvdit.runtimes.tensorrt import versions
 
 VARIABLE = "QVDIT_TENSORRT_PLUGIN"  # names the library's file
 LIBRARY = "libqvdit_tensorrt.so"
-NAME, VERSION = "LowBitLinear", "3"
+NAME, VERSION = "LowBitLinear", "4"
 NODES = (NAME, "HeadwiseAttention", "GatedResidual")
 _RUNTIMES = Path(__file__).parents[1]
 _PLACES = (_RUNTIMES / "lib" / LIBRARY, _RUNTIMES.parent / "build" / "kernels" / LIBRARY)

@@ -21,7 +21,7 @@ COLUMNS = {Tile.MMA_128X256: 256, Tile.WGMMA_128X192: 192, Tile.WGMMA_128X96: 96
 # M, N, K: one of each, odd, a tile and one more, several tiles, K not a multiple of a slice
 SIZES = [(1, 1, 1), (7, 5, 33), (129, 127, 100), (128, 128, 128), (129, 264, 1000), (300, 520, 2080), (1, 1152, 1152)]
 
-# Of which type a low-rank term's numbers are: float16, as layers hold them, or float32.
+# Types of beta.
 HELD = [np.float16, np.float32]
 
 
@@ -36,7 +36,7 @@ def tiles(n: int, size: int) -> list[Tile]:
 def random_layer(
     n: int, k: int, bits: int, symmetric: bool, parts: tuple[str, ...], rank: int, seed: int = 0, held=np.float32
 ) -> LowBitLayer:
-    """``parts``: what it has of zero, bias, smooth and gain. held: beta's type, and that of alpha's numbers."""
+    """``parts``: what it has of zero, bias, smooth and gain. held: beta's type."""
     rng = np.random.default_rng(seed)
     half = 1 << (bits - 1)
 
@@ -54,7 +54,7 @@ def random_layer(
         weight_zero=rng.integers(-half, half, n).astype(np.int8) if "zero" in parts else None,
         bias=floats(n) if "bias" in parts else None,
         inv_smooth=np.exp(floats(k)) if "smooth" in parts else None,
-        alpha=floats(k, rank).astype(held).astype(np.float32) if rank else None,
+        alpha=floats(k, rank).astype(np.float16) if rank else None,
         beta=floats(rank, n).astype(held) if rank else None,
         frame_gain=floats(3) if "gain" in parts else None,
     )

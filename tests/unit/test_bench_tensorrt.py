@@ -208,7 +208,7 @@ def trt(monkeypatch: pytest.MonkeyPatch, trt: Fake) -> Fake:
 def copied(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The cases, to be built in, and a plugin."""
     library = tmp_path / plugin.LIBRARY
-    library.write_bytes(b"\x7fELF\0qvdit LowBitLinear 3 for TensorRT 8.6.0\0")
+    library.write_bytes(b"\x7fELF\0qvdit LowBitLinear 4 for TensorRT 8.6.0\0")
     monkeypatch.setenv(plugin.VARIABLE, str(library))
     return Path(shutil.copytree(prepared, tmp_path / "cases", ignore=shutil.ignore_patterns("work")))
 

@@ -267,7 +267,7 @@ def test_the_plugin_is_cross_compiled(name, jetpack, tmp_path):
     content = library.read_bytes()
     assert content[:4] == b"\x7fELF"
     assert int.from_bytes(content[18:20], "little") == 183  # aarch64
-    assert f"qvdit LowBitLinear 3 for TensorRT {found.tensorrt_version}.".encode() in content
+    assert f"qvdit LowBitLinear 4 for TensorRT {found.tensorrt_version}.".encode() in content
     listed = subprocess.run(
         ["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True
     ).stdout

@@ -96,7 +96,7 @@ def test_attention_is_one_node(low: LowType) -> None:
     (node,) = attention_nodes(model)
     assert (node.name, list(node.input), list(node.output)) == ("joined", ["q", "k", "v"], ["joined"])
     assert given(node) == {
-        "plugin_version": b"3",
+        "plugin_version": b"4",
         "plugin_namespace": b"",
         "heads": HEADS,
         "head_size": SIZE,

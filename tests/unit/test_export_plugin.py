@@ -57,7 +57,7 @@ def test_node_is_as_the_plugin_reads_it(low_bit_layer: Any) -> None:
     (node,) = model.graph.node
     assert (node.op_type, node.domain, node.name) == ("LowBitLinear", "qvdit", layer.name)
     assert {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute} == {
-        "plugin_version": b"3",
+        "plugin_version": b"4",
         "plugin_namespace": b"",
         "in_features": 45,
         "out_features": 6,
@@ -78,15 +78,15 @@ def test_node_is_as_the_plugin_reads_it(low_bit_layer: Any) -> None:
         "test_outputs": 1,
     }
     held = [constants_of(model)[name] for name in node.input[1:]]
-    int32, float32 = TensorProto.INT32, TensorProto.FLOAT
+    int32, float32, float16 = TensorProto.INT32, TensorProto.FLOAT, TensorProto.FLOAT16
     assert [(tensor.data_type, list(tensor.dims)) for tensor in held] == [
         (int32, [6, 6]),  # words: 3 bits of 64 values
         (float32, [6]),
         (int32, [2]),  # zeros: four a word
         (float32, [6]),
         (float32, [45]),
-        (float32, [2, 45]),
-        (float32, [2, 6]),
+        (float16, [2, 45]),
+        (float16, [2, 6]),
         (float32, [1, 4]),
     ]
     zeros = onnx.numpy_helper.to_array(held[2]).view(np.int8)

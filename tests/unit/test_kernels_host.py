@@ -167,7 +167,7 @@ def test_a_named_library_that_is_none(monkeypatch, tmp_path, host):
 
 # Bytes a thread may spill. The quantizers' are of what stays the same from row to row: quantize_rows.cuh has the times
 # with registers for them, which are worse.
-MOST_SPILLED = {"quantize_gelu.cu": 80, "quantize_groups.cu": 16}
+MOST_SPILLED = {"quantize_gelu.cu": 80, "quantize_groups.cu": 44}
 
 
 # One kernel of each kind, one for each generation of GPUs; the GPU build compiles the rest.

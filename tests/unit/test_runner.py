@@ -496,9 +496,9 @@ def test_profiles_reach_as_far_as_asked(runner):
 
 
 def test_the_plugin_is_looked_at_before_it_is_loaded(runner, tmp_path):
-    library, name = tmp_path / "lib.so", b"qvdit LowBitLinear 3 for TensorRT 10.3.0\0"
+    library, name = tmp_path / "lib.so", b"qvdit LowBitLinear 4 for TensorRT 10.3.0\0"
     library.write_bytes(b"\x7fELF" + bytes(3000) + name + bytes(3000))
-    assert runner.call("plugin", library, 10) == "3 10.3.0"
+    assert runner.call("plugin", library, 10) == "4 10.3.0"
     with pytest.raises(RefusedError, match=r"built for TensorRT 10.3.0; expected a plugin for TensorRT 8"):
         runner.call("plugin", library, 8)
     library.write_bytes(b"\x7fELF" + bytes(3000))

@@ -296,7 +296,7 @@ def test_every_other_length_is_refused(core):
     ("word", "value", "message"),
     [
         (0, 7, r"got 84 bytes that are no LowBitLinear, .*: build the engine again"),
-        (1, 2, r"got a layer of version 2, expected 3: build the engine again with this plugin, or load"),
+        (1, 2, r"got a layer of version 2, expected 4: build the engine again with this plugin, or load"),
         (2, 88, r"got 84 bytes that say they are 88, expected 84: build"),
         (3, 64, r"got a damaged layer, expected its checksum to match: build"),
     ],
@@ -321,10 +321,15 @@ def test_inputs_follow_the_attributes(core, bits):
         "weight_zero": (S32, (64,)),
         "bias": (F32, (256,)),
         "inv_smooth": (F32, (100,)),
-        "alpha": (F32, (6, 100)),
-        "beta": (F32, (3, 256)),
+        "alpha": (F16, (6, 100)),
+        "beta": (F16, (3, 256)),
         "frame_gain": (F32, (2, 4)),
     }
+
+
+def test_one_rank_has_its_outputs_in_float32(core):
+    found = core.inputs(core.attributes(**FULL | {"rank": 1}))
+    assert (found["alpha"], found["beta"]) == ((F16, (2, 100)), (F32, (1, 256)))
 
 
 def test_a_modulation_follows_a_float32_x(core):
@@ -386,9 +391,10 @@ def test_an_input_that_does_not_fit_is_named(core, position):
     assert core.message.startswith(f"got {name} of [")
     assert "export the model again" in core.message
     tensors[position].dims[last] -= 1
-    tensors[position].type = F16
+    other, called = (F32, "float32") if tensors[position].type == F16 else (F16, "float16")
+    tensors[position].type = other
     assert not core.check(attributes, tensors)
-    assert core.message.startswith(f"got {name} of float16, expected ")
+    assert core.message.startswith(f"got {name} of {called}, expected ")
 
 
 def test_another_number_of_inputs_is_refused(core):
@@ -613,7 +619,7 @@ def test_a_full_node(core):
     assert (gemm.zero, gemm.weight_sum) == (pieces["zero"], pieces["weight_sum"])
     assert (gemm.weight_zero, gemm.row_sum) == (given["weight_zero"], pieces["row_sum"])
     assert (gemm.u, gemm.beta, gemm.rank, gemm.segment) == (pieces["u"], given["beta"], 3, 128)
-    assert (gemm.bias, gemm.beta_dtype) == (given["bias"], F32)
+    assert (gemm.bias, gemm.beta_dtype) == (given["bias"], F16)
 
 
 @pytest.mark.parametrize(

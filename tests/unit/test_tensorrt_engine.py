@@ -30,8 +30,8 @@ from qvdit.runtimes.tensorrt.parity import failures
 from qvdit.runtimes.tensorrt.session import TensorRtSession
 from qvdit.system import tensorrt_parts
 
-BUILT_FOR = b"\x7fELF\0qvdit LowBitLinear 3 for TensorRT %s\0"
-OF_ANOTHER_VERSION = BUILT_FOR.replace(b"Linear 3", b"Linear 1") % b"8.6.0"
+BUILT_FOR = b"\x7fELF\0qvdit LowBitLinear 4 for TensorRT %s\0"
+OF_ANOTHER_VERSION = BUILT_FOR.replace(b"Linear 4", b"Linear 1") % b"8.6.0"
 
 
 @pytest.fixture(scope="session")
@@ -287,7 +287,7 @@ def built(trt: Fake, exported: Path) -> Path:
         ({"tensorrt": "10.3.0"}, ("an engine of TensorRT 10.3.0", "8.6.0")),
         ({"gpu": "Orin", "compute": "8.7"}, ("an engine for Orin (sm 8.7)", "Fake GPU (sm 9.0)")),
         ({"onnx_sha256": {}}, ("another model",)),
-        ({"plugin_version": "0"}, ("version 3 of the plugin", "version 0")),
+        ({"plugin_version": "0"}, ("version 4 of the plugin", "version 0")),
         ({"engine_sha256": "0"}, ("damaged",)),
         ({"format": 0}, ("another version",)),
     ],

@@ -16,7 +16,7 @@ constexpr int64_t kLargest = int64_t{1} << 31;
 }  // namespace
 
 PluginFacts inspect_plugin(const std::string& path) {
-  // kBuiltFor of ../tensorrt/shell.cc: "qvdit LowBitLinear 3 for TensorRT 8.6.0", ended by a zero.
+  // kBuiltFor of ../tensorrt/shell.cc: "qvdit LowBitLinear 4 for TensorRT 8.6.0", ended by a zero.
   static const std::string kStart = "qvdit LowBitLinear ", kMiddle = " for TensorRT ";
   const std::string content = read_file(path, "TensorRT's LowBitLinear plugin", kLargest);
   const size_t start = content.find(kStart), end = content.find('\0', start);

@@ -38,7 +38,7 @@ template <>
 struct Description<LowBitAttributes> {
   static constexpr char kName[] = "LowBitLinear";
   static constexpr int32_t kMagic = 0x4C425651;  // "QVBL"
-  static constexpr int32_t kBlobVersion = 3;
+  static constexpr int32_t kBlobVersion = 4;
   static constexpr Field<LowBitAttributes> kFields[] = {
       {"in_features", &LowBitAttributes::in_features, false},
       {"out_features", &LowBitAttributes::out_features, false},

@@ -47,6 +47,9 @@ bool check_modulation(const Tensor* inputs, Refusal& refusal) {
 // 8-bit weights take no zero points: a difference of two 8-bit integers needs 9 bits.
 bool zeros_apart(const LowBitAttributes& attributes) { return attributes.has_zero && attributes.weight_bits == 8; }
 
+// One rank is read faster as float32, several as float16.
+int32_t beta_type(const LowBitAttributes& attributes) { return attributes.rank > 1 ? QVDIT_F16 : QVDIT_F32; }
+
 // Where everything is: pointers by role, null where absent.
 struct Memory {
   const void* input[kInputs] = {};
@@ -111,7 +114,7 @@ qvdit_quantize_args quantize_args(const LowBitAttributes& attributes, const Memo
   args.frame_gain = memory.floats(kFrameGain);
   args.tokens_per_frame = tokens;
   args.ranks_per_gain = attributes.rank;
-  args.alpha = memory.floats(kAlpha);
+  args.alpha = memory.input[kAlpha];
   args.rank = static_cast<int64_t>(segments(attributes)) * attributes.rank;
   args.x_q = static_cast<int8_t*>(memory.piece[kPieceXq]);
   args.scale = static_cast<float*>(memory.piece[kPieceScale]);
@@ -139,7 +142,8 @@ qvdit_gemm_args gemm_args(const LowBitAttributes& attributes, const Memory& memo
     args.row_sum = static_cast<const int32_t*>(memory.piece[kPieceRowSum]);
   }
   args.u = static_cast<const float*>(memory.piece[kPieceU]);
-  args.beta = memory.floats(kBeta);
+  args.beta = memory.input[kBeta];
+  args.beta_dtype = beta_type(attributes);
   args.rank = attributes.rank;
   args.segment = attributes.segment;
   args.bias = memory.floats(kBias);
@@ -167,8 +171,8 @@ InputPorts input_ports(const LowBitAttributes& attributes) noexcept {
   add(attributes.has_zero, {kWeightZero, "weight_zero", QVDIT_S32, 1, {(n + 3) / 4, 0}});
   add(attributes.has_bias, {kBias, "bias", QVDIT_F32, 1, {n, 0}});
   add(attributes.has_smooth, {kInvSmooth, "inv_smooth", QVDIT_F32, 1, {k, 0}});
-  add(r > 0, {kAlpha, "alpha", QVDIT_F32, 2, {s * r, k}});
-  add(r > 0, {kBeta, "beta", QVDIT_F32, 2, {r, n}});
+  add(r > 0, {kAlpha, "alpha", QVDIT_F16, 2, {s * r, k}});
+  add(r > 0, {kBeta, "beta", beta_type(attributes), 2, {r, n}});
   add(attributes.frames > 0, {kFrameGain, "frame_gain", QVDIT_F32, 2, {s, attributes.frames}});
   return ports;
 }

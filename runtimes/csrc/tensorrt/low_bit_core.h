@@ -20,8 +20,8 @@ enum Input {
   kWeightZero,       // int32 [ceil(N / 4)]: int8 [N], four to a word, little-endian
   kBias,             // float32 [N]
   kInvSmooth,        // float32 [K]
-  kAlpha,            // float32 [S · R, K]
-  kBeta,             // float32 [R, N]
+  kAlpha,            // float16 [S · R, K]
+  kBeta,             // [R, N], float16; of rank 1 float32
   kFrameGain,        // float32 [S, T]
   kInputs
 };

@@ -13,7 +13,7 @@
 
 namespace qvdit::trt {
 
-constexpr char kPluginVersion[] = "3";
+constexpr char kPluginVersion[] = "4";
 
 // Why something is not served: what was got, what was expected, what to do. One sentence.
 struct Refusal {

@@ -28,7 +28,7 @@ void log_error(const char* text) {
 #define QVDIT_TEXT_OF(value) #value
 #define QVDIT_TEXT(value) QVDIT_TEXT_OF(value)
 #define QVDIT_TENSORRT QVDIT_TEXT(NV_TENSORRT_MAJOR) "." QVDIT_TEXT(NV_TENSORRT_MINOR) "." QVDIT_TEXT(NV_TENSORRT_PATCH)
-__attribute__((used)) const char kBuiltFor[] = "qvdit LowBitLinear 3 for TensorRT " QVDIT_TENSORRT;
+__attribute__((used)) const char kBuiltFor[] = "qvdit LowBitLinear 4 for TensorRT " QVDIT_TENSORRT;
 
 }  // namespace
 

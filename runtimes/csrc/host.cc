@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #include "qvdit_kernels.h"
 #include "round_quotient.h"
@@ -94,6 +95,22 @@ QVDIT_API int64_t qvdit_host_wrong_quotients(int64_t first, int64_t step) {
   int64_t wrong = 0;
   for (int64_t mantissa = first; mantissa < 1 << 24; mantissa += step) {
     wrong += wrong_quotients_of(static_cast<uint32_t>(mantissa));
+  }
+  return wrong;
+}
+
+// How many x, from 1e-12 on every step-th float, are divided by levels otherwise than by a division.
+QVDIT_API int64_t qvdit_host_wrong_scales(float levels, int64_t step) {
+  const float reciprocal = 1.0f / levels, smallest = 1e-12f, greatest = std::numeric_limits<float>::max();
+  uint32_t first, last;
+  std::memcpy(&first, &smallest, sizeof(first));
+  std::memcpy(&last, &greatest, sizeof(last));
+  int64_t wrong = 0;
+  for (int64_t bits = first; bits <= last; bits += step) {
+    const uint32_t word = static_cast<uint32_t>(bits);
+    float x;
+    std::memcpy(&x, &word, sizeof(x));
+    wrong += qvdit::quotient_by_levels(x, levels, reciprocal) != x / levels;
   }
   return wrong;
 }

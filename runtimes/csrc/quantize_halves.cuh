@@ -207,8 +207,7 @@ template <typename In, int kVectors, bool kSymmetric, bool kLowRank>
 int32_t launch_halves(const QuantizeParams& params, cudaStream_t stream) {
   constexpr int kWarpsWanted = 4;             // a block
   constexpr int64_t kBlocksWanted = 2 * 132;  // as many rows a block as leave these
-  // Of few rows too a block has several: alpha is twice a row's bytes. µs of one and of two rows a block: 3.46 and 3.33
-  // for 512 x 1920, 5.11 and 4.93 for 512 x 5120; of four rows 5.50 (H200, 2026-11-28).
+  // Of few rows too a block has several: alpha is as many bytes as a row.
   constexpr int64_t kFewRows = 1024, kBlocksOfFew = 256;
   constexpr int kVectorBytes = 16, kAlphaBytes = kLowRank ? 16 : 0, kResults = kKept * sizeof(WarpResult<kLowRank>);
   const auto kernel = quantize_halves_kernel<In, kVectors, kSymmetric, kLowRank>;
@@ -219,9 +218,12 @@ int32_t launch_halves(const QuantizeParams& params, cudaStream_t stream) {
   if (kLowRank && params.args.m <= kFewRows) {
     rows = static_cast<int>(std::clamp<int64_t>(params.args.m / kBlocksOfFew, 1, kMaxWarps / warps));
   }
-  const int shared = warps * (32 * kVectors * (rows * kVectorBytes + kAlphaBytes) + rows * kResults);
+  const int limit = dynamic_shared_limit(entry);
+  const auto bytes = [&] { return warps * (32 * kVectors * (rows * kVectorBytes + kAlphaBytes) + rows * kResults); };
+  while (rows > 1 && bytes() > limit) --rows;
+  const int shared = bytes();
   int resident = 0;
-  if (const int32_t status = resident_blocks(entry, 32 * warps * rows, shared, dynamic_shared_limit(entry), resident)) {
+  if (const int32_t status = resident_blocks(entry, 32 * warps * rows, shared, limit, resident)) {
     return status;
   }
   const int64_t blocks = (params.args.m + rows - 1) / rows;
@@ -242,9 +244,9 @@ int32_t launch_halves(const QuantizeParams& params, cudaStream_t stream) {
 
 template <typename In>
 int32_t launch_halves(const QuantizeParams& params, cudaStream_t stream) {
-  // µs at rank 1 of 32768 rows with 4, 5, 6, 8, 10 and 12 vectors on a GPU that bf16 products keep hot: K = 3072: 84, -,
-  // 79, -, -, 80 | 4608: 141, 119, 119, -, 115, - | 5120: 141, 129, -, 149, 130, - | 8960: 254, 225, 224, 244, 223, 233 |
-  // 12288: 310, 306, 307, 313, 308, 313. Without a low-rank term all are within 2 % (H200, 2026-11-29).
+  // µs at rank 1 of 32768 rows with 4, 5, 6, 8, 10 and 12 vectors on a GPU that bf16 products keep hot: K = 3072: 84,
+  // -, 79, -, -, 80 | 4608: 141, 119, 119, -, 115, - | 5120: 141, 129, -, 149, 130, - | 8960: 254, 225, 224, 244, 223,
+  // 233 | 12288: 310, 306, 307, 313, 308, 313. Without a low-rank term all are within 2 % (H200, 2026-11-29).
   switch (vectors_per_thread(params.k_pad, {10, 8, 6, 5, 4})) {
     case 4:
       return launch_halves<In, 4>(params, stream);

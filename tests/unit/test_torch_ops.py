@@ -20,7 +20,7 @@ def on_meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 @pytest.mark.parametrize(("shape", "k"), [((7,), 45), ((2, 3), 64), ((0,), 32)])
 def test_shapes(dtype, symmetric, rank, shape, k):
     x = on_meta(*shape, k, dtype=dtype)
-    alpha = on_meta(rank, k) if rank else None
+    alpha = on_meta(rank, k, dtype=torch.float16) if rank else None
     rows = torch.ops.qvdit.quantize_rows(x, 8, symmetric, alpha=alpha, row_sums=rank == 1)
     m = x.numel() // k
     found = [(tuple(t.shape), t.dtype) for t in rows]

@@ -238,7 +238,7 @@ def decoded(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> tup
             weight_zero=held["weight_zero"].view(np.int8)[rows] if value["has_zero"] else None,
             bias=held["bias"][rows] if value["has_bias"] else None,
             inv_smooth=held.get("inv_smooth"),
-            alpha=held["alpha"][index * r : (index + 1) * r].T.astype(np.float16) if r else None,
+            alpha=held["alpha"][index * r : (index + 1) * r].T if r else None,
             beta=held["beta"][:, rows].astype(np.float16) if r else None,
             frame_gain=held["frame_gain"][index] if value["frames"] else None,
             rotation=value["rotation"],

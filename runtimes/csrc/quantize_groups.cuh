@@ -27,7 +27,8 @@ constexpr int kLineLanes = 4;          // hold a line's
 constexpr int kSegment = 32;           // elements of a line, in a vector
 constexpr int kSlots = 4;              // of a product
 constexpr int kMaxGroups = kMaxWarps;  // a block
-constexpr int kMostKept = 4;           // iterations whose results a group writes at once
+constexpr int kMostLog2Kept = 2;
+constexpr int kMostKept = 1 << kMostLog2Kept;  // iterations whose results a group writes at once
 
 // How rows lie in warps.
 struct GroupShape {
@@ -373,7 +374,7 @@ inline GroupPlan plan_groups(int64_t k_pad, int rank, int shared_limit) {
       const int64_t elements = kSegment * vectors * (kLines >> log2_rows);  // of a warp in one row
       const int64_t warps = (k_pad + elements - 1) / elements, cost = warps_cost(warps, vectors);
       if (warps > kMaxWarps || (best.vectors > 0 && cost >= least)) continue;
-      for (int log2_kept : {2, 0}) {
+      for (int log2_kept : {kMostLog2Kept, 0}) {
         const GroupShape shape{log2_rows, static_cast<int>(warps), log2_kept};
         const int room = shared_limit - shape.alpha_bytes(rank, vectors);
         const int64_t groups = std::min(room / group_bytes(shape, rank, vectors), kMaxGroups);

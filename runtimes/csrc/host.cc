@@ -72,11 +72,12 @@ QVDIT_API int32_t qvdit_host_unpack(const uint32_t* words, int32_t bits, const i
   }
 }
 
-// round(x / divisor) of every x [count], 2^-96 <= divisor <= 2^96.
+// round(x / divisor) of every x [count], 2^-96 <= divisor.
 QVDIT_API void qvdit_host_round_quotients(const float* x, float divisor, int64_t count, float* quotient) {
-  const qvdit::RoundingDivisor by(divisor);
+  const float factor = qvdit::RoundingDivisor::factor(divisor);
+  const qvdit::RoundingDivisor by(divisor * factor);
   for (int64_t i = 0; i < count; ++i) {
-    quotient[i] = by.rounder_plus_quotient(x[i]) - qvdit::kRounder;
+    quotient[i] = by.rounder_plus_quotient(x[i] * factor) - qvdit::kRounder;
   }
 }
 

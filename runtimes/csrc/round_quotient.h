@@ -3,9 +3,9 @@
 //
 // 1 / divisor is the sum of two floats, the second correcting the first, and x times that sum is x / divisor correctly
 // rounded, or so nearly that only ties could tell: the result is rounded to an integer next, so only x within 2 ulp of
-// h · divisor, h a half-integer, can differ. All of these were compared with the division: 2^23 mantissas of the divisor
-// x 256 half-integers x 5 (powers of two scale out, as nothing here overflows or becomes subnormal before it is 0
-// anyway). tests/unit/test_kernels_host.py samples that comparison; `QVDIT_EXHAUSTIVE=1` runs it whole.
+// h · divisor, h a half-integer, can differ. All of these were compared with the division: 2^23 mantissas of the
+// divisor x 256 half-integers x 5 (powers of two scale out: nothing here overflows, and what becomes subnormal is too
+// small to tell). tests/unit/test_kernels_host.py samples that comparison; `QVDIT_EXHAUSTIVE=1` runs it whole.
 #pragma once
 
 #include <cmath>
@@ -30,6 +30,9 @@ struct RoundingDivisor {
 
   float reciprocal = 0.f;  // 1 / divisor, correctly rounded
   float correction = 0.f;  // 1 / divisor - reciprocal
+
+  // What x and its divisor have to be multiplied by first.
+  static QVDIT_HOST_DEVICE float factor(float divisor) { return divisor > kGreatest ? kShrink : 1.f; }
 
   RoundingDivisor() = default;
   // 2^-96 <= divisor <= kGreatest

@@ -107,7 +107,7 @@ def test_ranges_are_divided_by_their_levels_as_a_division_does(host, levels):
 
 
 @given(
-    st.floats(np.float32(1e-8), np.float32(2.0**96), width=32),
+    st.floats(np.float32(1e-8), np.float32(1e36), width=32),
     st.integers(0, 2**32 - 1),
     st.sampled_from([31.0, 63.0, 127.0, 255.0]),
 )
@@ -175,7 +175,7 @@ def test_a_named_library_that_is_none(monkeypatch, tmp_path, host):
 
 # Bytes a thread may spill. The quantizers' are of what stays the same from row to row: quantize_rows.cuh has the times
 # with registers for them, which are worse.
-MOST_SPILLED = {"quantize_gelu.cu": 80, "quantize_groups.cu": 32}
+MOST_SPILLED = {"quantize_gelu.cu": 80, "quantize_groups.cu": 32, "quantize_halves_bf16.cu": 12}
 
 
 # One kernel of each kind, one for each generation of GPUs; the GPU build compiles the rest.
@@ -187,6 +187,7 @@ MOST_SPILLED = {"quantize_gelu.cu": 80, "quantize_groups.cu": 32}
         ("gemm_mma_bf16.cu", "80"),
         ("quantize_gelu.cu", "90a"),
         ("quantize_groups.cu", "120"),
+        ("quantize_halves_bf16.cu", "86"),
         ("attention_bf16.cu", "90a"),
         ("gemm.cu", "120"),
         ("low_bit_linear.cu", "87"),

@@ -17,6 +17,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include "copy_async.cuh"
 #include "error.h"
 #include "mma_sync.cuh"
 
@@ -155,7 +156,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
       load_rows<Shape, Shape::kKeys>(stage, k, args.k_row, tile * Shape::kKeys, args.keys, eights);
       load_rows<Shape, Shape::kKeys>(stage + Shape::kTileBytes, v, args.v_row, tile * Shape::kKeys, args.keys, eights);
     }
-    asm volatile("cp.async.commit_group;");  // empty ones too, so that the tile needed is always the last but one
+    commit_copies();  // empty ones too, so that the tile needed is always the last but one
   };
 
   clear_padding<Shape>(shared, eights);
@@ -169,7 +170,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
 
   for (int64_t tile = 0; tile < key_tiles; ++tile) {
     load(tile + 1);
-    asm volatile("cp.async.wait_group 1;");
+    wait_for_copies_but<1>();
     __syncthreads();
     if (tile == 0) {
       const uint32_t rows = queries + (16 * warp + lane % 16) * Shape::kPitch + lane / 16 * 16;

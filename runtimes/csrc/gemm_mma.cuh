@@ -15,6 +15,7 @@
 
 #include <type_traits>
 
+#include "copy_async.cuh"
 #include "gemm.h"
 #include "gemm_epilogue.cuh"
 #include "mma_sync.cuh"
@@ -184,19 +185,19 @@ __global__ void __launch_bounds__(Shape::kThreads) gemm_mma_kernel(const __grid_
       load_slice<Shape::kBlockN, Shape::kThreads>(stage + Shape::kBlockM * Shape::kBlockK, args.weight, first_n, args.n,
                                                   k, args.k_pad);
     }
-    asm volatile("cp.async.commit_group;");  // empty ones too, so that a slice's group is always the same count back
+    commit_copies();  // empty ones too, so that a slice's group is always the same count back
   };
 
   int32_t acc[4][8][4] = {};
   for (int slice = 0; slice < Shape::kStages - 1; ++slice) load(slice);
   for (int slice = 0; slice < slices; ++slice) {
-    asm volatile("cp.async.wait_group %0;" ::"n"(Shape::kStages - 2));
+    wait_for_copies_but<Shape::kStages - 2>();
     __syncthreads();  // the slice is there for all, and the stage loaded next has been read by all
     load(slice + Shape::kStages - 1);
     const uint32_t stage = stages + slice % Shape::kStages * Shape::kStageBytes;
     multiply_slice<Shape>(acc, stage, stage + Shape::kBlockM * Shape::kBlockK, warp_m, warp_n, lane);
   }
-  asm volatile("cp.async.wait_all;");
+  wait_for_copies();
   __syncthreads();
   store_tile<Shape>(args, acc, shared + warp * 16 * Shape::kStagedRow, first_m + warp_m * Shape::kWarpM,
                     first_n + warp_n * Shape::kWarpN, lane);

@@ -6,19 +6,17 @@
 
 #include <cuda_fp16.h>
 
+#include "copy_async.cuh"
+#include "quantize_plan.h"
 #include "round_quotient.h"
 
 namespace qvdit {
 
-constexpr int kLines = 8;  // of a warp: lanes 4 c … 4 c + 3 are line c, a row of the products' operands
-
-// Sixteen bytes on their way to shared memory; or, where there are none, zeros at once.
+// Sixteen bytes on their way to shared memory; or, where there are none, zeros at once. With zeros by cp.async itself
+// quantizing in groups took 2 to 5 % longer.
 __device__ __forceinline__ void copy_or_clear(void* to, const void* from, bool inside) {
   if (inside) {
-    asm volatile(
-        "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-        "l"(from)
-        : "memory");
+    copy_async(static_cast<uint32_t>(__cvta_generic_to_shared(to)), from);
   } else {
     *static_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
   }

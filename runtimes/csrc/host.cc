@@ -4,6 +4,7 @@
 #include <cstring>
 #include <limits>
 
+#include "quantize_plan.h"
 #include "qvdit_kernels.h"
 #include "round_quotient.h"
 #include "unpack.h"
@@ -114,6 +115,30 @@ QVDIT_API int64_t qvdit_host_wrong_scales(float levels, int64_t step) {
     wrong += qvdit::quotient_by_levels(x, levels, reciprocal) != x / levels;
   }
   return wrong;
+}
+
+// How a 16-bit row of K features and rank 0 or 1 is laid out with so many vectors a thread: warps of a row, rows and
+// bytes of shared memory of a block that may have shared_limit.
+QVDIT_API void qvdit_host_plan_halves(int64_t m, int64_t k, int32_t vectors, int32_t rank, int32_t shared_limit,
+                                      int32_t found[3]) {
+  const int64_t k_pad = qvdit::padded(k);
+  const qvdit::HalvesPlan plan = rank ? qvdit::plan_halves<true>(m, k_pad, vectors, shared_limit)
+                                      : qvdit::plan_halves<false>(m, k_pad, vectors, shared_limit);
+  found[0] = plan.warps, found[1] = plan.rows, found[2] = plan.shared;
+}
+
+// How 16-bit rows of several ranks are: vectors a thread (0: they do not fit), rows, warps and pieces of a row of a
+// group, products a vector, bytes of alpha and of a group.
+QVDIT_API void qvdit_host_plan_groups(int64_t k, int32_t rank, int32_t shared_limit, int32_t found[7]) {
+  const auto [vectors, shape] = qvdit::plan_groups(qvdit::padded(k), rank, shared_limit);
+  const int32_t of_plan[7] = {vectors,
+                              shape.rows(),
+                              shape.warps,
+                              shape.pieces(),
+                              shape.sets(rank),
+                              shape.alpha_bytes(rank, vectors),
+                              shape.group_bytes(rank, vectors)};
+  std::memcpy(found, of_plan, sizeof(of_plan));
 }
 
 // The sizes of the argument structs, which runtimes/cuda.py repeats: quantize, unpack, gemm, attention,

@@ -1,7 +1,7 @@
 // qvdit_quantize_rows: checks the arguments and chooses the kernel.
 #include <algorithm>
 
-#include "quantize_groups.cuh"
+#include "quantize.cuh"
 
 namespace {
 

@@ -16,44 +16,12 @@
 //   grid: as many blocks as run at once, each group goes on to further rows; a block is 32 W threads x groups.
 #pragma once
 
-#include <algorithm>
-
+#include "copy_async.cuh"
+#include "dependent_launch.cuh"
 #include "half_products.cuh"
-#include "quantize_rows.cuh"
+#include "half_rows.cuh"
 
 namespace qvdit {
-
-constexpr int kLineLanes = 4;          // hold a line's
-constexpr int kSegment = 32;           // elements of a line, in a vector
-constexpr int kSlots = 4;              // of a product
-constexpr int kMaxGroups = kMaxWarps;  // a block
-constexpr int kMostLog2Kept = 2;
-constexpr int kMostKept = 1 << kMostLog2Kept;  // iterations whose results a group writes at once
-
-// How rows lie in warps.
-struct GroupShape {
-  int log2_rows;  // of a group: 8, 4 or 2
-  int warps;      // of a group
-  int log2_kept;  // iterations whose results are written at once
-
-  __host__ __device__ int rows() const { return 1 << log2_rows; }
-  __host__ __device__ int kept() const { return 1 << log2_kept; }
-  __host__ __device__ int log2_segments() const { return 3 - log2_rows; }
-  __host__ __device__ int segments() const { return 1 << log2_segments(); }
-  // Pieces of a row, one of each warp and segment.
-  __host__ __device__ int pieces() const { return warps << log2_segments(); }
-  // Products for every vector of a warp.
-  __host__ __device__ int sets(int rank) const { return (rank * segments() + kSlots - 1) / kSlots; }
-  // Bytes of shared memory: a rank's alpha, for all groups; a group's parts of the low-rank term, as long as it keeps
-  // them.
-  __host__ __device__ int rank_bytes(int vectors) const { return odd_lines(pieces() * piece_bytes(vectors)); }
-  __host__ __device__ int alpha_bytes(int rank, int vectors) const { return rank * rank_bytes(vectors); }
-  __host__ __device__ int sum_bytes(int rank) const { return pieces() * rank * rows() * 4 << log2_kept; }
-
-  // alpha of a piece. What lanes read at once is 64 bytes of two slots, in banks of their own.
-  static __host__ __device__ constexpr int piece_bytes(int vectors) { return odd_lines(vectors * kSegment * 2); }
-  static __host__ __device__ constexpr int odd_lines(int bytes) { return bytes | 64; }
-};
 
 __device__ __forceinline__ float line_sum(float value) {
   value += __shfl_xor_sync(0xffffffffu, value, 1);
@@ -150,21 +118,13 @@ struct GroupThreads {
 
   // The maximum over the lanes of one row, in all of them.
   __device__ __forceinline__ float warp_max(float value) const {
-    value = RowThreads::max_nan(value, __shfl_xor_sync(0xffffffffu, value, 1));
-    value = RowThreads::max_nan(value, __shfl_xor_sync(0xffffffffu, value, 2));
+    value = max_nan(value, __shfl_xor_sync(0xffffffffu, value, 1));
+    value = max_nan(value, __shfl_xor_sync(0xffffffffu, value, 2));
     for (int apart = kLineLanes << shape.log2_rows; apart < 32; apart *= 2) {
-      value = RowThreads::max_nan(value, __shfl_xor_sync(0xffffffffu, value, apart));
+      value = max_nan(value, __shfl_xor_sync(0xffffffffu, value, apart));
     }
     return value;
   }
-};
-
-// What the threads of a group tell each other.
-struct GroupShared {
-  uint32_t range[3][2][kLines];  // [iteration mod 3][highest, lowest][row], bits of floats >= 0
-  float scale[kMostKept][kLines];
-  int stored_zero[kMostKept][kLines];
-  int row_sum[kMostKept][kLines];
 };
 
 // alpha on its way to shared memory, piece by piece, 0 from K on. Everybody of the block comes along.
@@ -182,11 +142,6 @@ __device__ __forceinline__ void fetch_alpha(const qvdit_quantize_args& args, con
   }
 }
 
-// Bytes of shared memory that a group has for itself.
-__host__ __device__ inline int group_bytes(const GroupShape& shape, int rank, int vectors) {
-  return static_cast<int>(sizeof(GroupShared)) + shape.sum_bytes(rank) + shape.warps * vectors * 32 * 16;
-}
-
 // As few as hold a group's elements, for as many warps as that allows.
 constexpr int group_registers(int vectors) { return vectors > 8 ? 128 : 104; }
 
@@ -200,7 +155,7 @@ __global__ void __maxnreg__(group_registers(kVectors))
   const int group = threadIdx.y;
   GroupThreads threads(shape, threadIdx.x);
   char* const alpha = reinterpret_cast<char*>(dynamic);
-  char* const of_group = alpha + shape.alpha_bytes(rank, kVectors) + group * group_bytes(shape, rank, kVectors);
+  char* const of_group = alpha + shape.alpha_bytes(rank, kVectors) + group * shape.group_bytes(rank, kVectors);
   GroupShared& shared = *reinterpret_cast<GroupShared*>(of_group);
   // The low-rank term's parts. [iteration since they were written][piece][rank][row]
   float* const sums = reinterpret_cast<float*>(of_group + sizeof(GroupShared));
@@ -220,12 +175,9 @@ __global__ void __maxnreg__(group_registers(kVectors))
     const In* from = own_x + static_cast<int64_t>(min(first + threads.row(), rows - 1)) * features;
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      if (values.k(v) < features) {
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(staging + v * 512), "l"(from + v * kSegment)
-                     : "memory");
-      }
+      if (values.k(v) < features) copy_async(staging + v * 512, from + v * kSegment);
     }
-    asm volatile("cp.async.commit_group;");
+    commit_copies();
   };
 
   // The results of so many iterations, whose rows are step apart: put together and written by all of the group's
@@ -236,11 +188,7 @@ __global__ void __maxnreg__(group_registers(kVectors))
       const int r = i >> (shape.log2_rows + shape.log2_kept);
       const uint32_t row = first + kept * step + in_group;
       if (kept >= count || row >= rows) continue;
-      float gain = 1.f;
-      if (args.frame_gain) {
-        const uint32_t frame = params.frames.remainder(params.tokens.quotient(row));
-        gain = __ldg(args.frame_gain + params.ranks.quotient(r) * static_cast<uint32_t>(args.frames) + frame);
-      }
+      const float gain = args.frame_gain ? params.gain(row, r) : 1.f;
       const float* const parts = sums + kept * all_sums + (r << shape.log2_rows) + in_group;
       float sum = 0.f;
       for (int p = 0; p < shape.pieces(); ++p) sum += parts[p * row_sums];
@@ -260,7 +208,7 @@ __global__ void __maxnreg__(group_registers(kVectors))
   for (int i = threadIdx.x; i < 3 * 2 * kLines; i += blockDim.x) (&shared.range[0][0][0])[i] = 0;
   for (int i = threadIdx.x; i < kMostKept * kLines; i += blockDim.x) (&shared.row_sum[0][0])[i] = 0;
   fetch_alpha<kVectors>(args, shape, alpha);
-  asm volatile("cp.async.wait_all;" ::: "memory");
+  wait_for_copies();
   __syncthreads();
   if (start >= rows) return;
 
@@ -268,7 +216,7 @@ __global__ void __maxnreg__(group_registers(kVectors))
   uint32_t first = start, first_kept = start;
 #pragma unroll 1
   for (;; first += step) {
-    asm volatile("cp.async.wait_all;" ::: "memory");
+    wait_for_copies();
     // Else what follows from these is computed once, before the loop, and kept in more registers than there are.
     int thread = threadIdx.x;
     asm volatile("" : "+r"(values.first), "+r"(thread));
@@ -278,7 +226,7 @@ __global__ void __maxnreg__(group_registers(kVectors))
     if (rows - first > step) fetch(first + step);
 
     // Each of a group's warps raises its rows' extremes, as unsigned integers, where NaN is above Inf.
-    uint32_t(&extremes)[2][kLines] = shared.range[turn];
+    uint32_t (&extremes)[2][kLines] = shared.range[turn];
     float highest = 0.f, lowest = 0.f;
     range_of_halves<In, kSymmetric>(values.words, highest, lowest);
     highest = threads.warp_max(highest);
@@ -302,16 +250,11 @@ __global__ void __maxnreg__(group_registers(kVectors))
     multiply_halves<In>(values.words, grid.factor);
 
     int8_t* const x_q = args.x_q + static_cast<int64_t>(row) * params.k_pad + values.first;
-    const uint32_t zero_bytes = (static_cast<uint32_t>(stored_zero) & 0xff) * 0x01010101u;
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       float q[kVector];
       integers_of_halves<In, kSymmetric>(values.words[v], grid, q);
-      uint2 bytes = {pack_bytes(q[0], q[1], q[2], q[3]), pack_bytes(q[4], q[5], q[6], q[7])};
-      if constexpr (!kSymmetric) {  // where symmetric, what lies past the features is 0 already
-        const uint32_t inside = values.k(v) < features ? ~0u : 0u;
-        bytes.x = __vadd4(bytes.x, zero_bytes) & inside, bytes.y = __vadd4(bytes.y, zero_bytes) & inside;
-      }
+      const uint2 bytes = stored_bytes<kSymmetric>(q, stored_zero, values.k(v) < features);
       if (row < rows && values.k(v) < params.k_pad) *reinterpret_cast<uint2*>(x_q + v * kSegment) = bytes;
       values.keep_integers(v, q);
     }
@@ -355,50 +298,12 @@ __global__ void __maxnreg__(group_registers(kVectors))
   }
 }
 
-// Vectors a thread and rows a group: the most rows that fit, of the vectors that cost least. vectors is 0 where
-// nothing fits. Four iterations' results are written at once where there is room for them: each time the group meets
-// once more. µs at rank 4 of 32768 rows in groups of eight with 6, 8, 10 and 12 vectors on a GPU that bf16 products
-// keep hot: K = 1152: 41, 41, 43, 41 | 1920: 65, 67, 64, 59 | 3072: 115, 114, 95, 92 | 4608: -, -, 152, 145 | 5120:
-// -, -, 160, 165. On a cool one more warps of 6 and 8 vectors were as fast (H200, 2026-11-29).
-struct GroupPlan {
-  int vectors = 0;
-  GroupShape shape = {};
-};
-
-inline GroupPlan plan_groups(int64_t k_pad, int rank, int shared_limit) {
-  constexpr int kFewestWarps = 8;  // beside one alpha: fewer would wait too long, and a row is quantized for itself
-  for (int log2_rows = 3; log2_rows >= 1; --log2_rows) {
-    GroupPlan best;
-    int64_t least = 0;
-    for (int vectors : {12, 10, 8}) {
-      const int64_t elements = kSegment * vectors * (kLines >> log2_rows);  // of a warp in one row
-      const int64_t warps = (k_pad + elements - 1) / elements, cost = warps_cost(warps, vectors);
-      if (warps > kMaxWarps || (best.vectors > 0 && cost >= least)) continue;
-      for (int log2_kept : {kMostLog2Kept, 0}) {
-        const GroupShape shape{log2_rows, static_cast<int>(warps), log2_kept};
-        const int room = shared_limit - shape.alpha_bytes(rank, vectors);
-        const int64_t groups = std::min(room / group_bytes(shape, rank, vectors), kMaxGroups);
-        if (groups * warps < kFewestWarps) continue;
-        best = {vectors, shape}, least = cost;
-        break;
-      }
-    }
-    if (best.vectors > 0) return best;
-  }
-  return {};
-}
-
-// How many groups a block should have, so that with one alpha in shared memory for all of them as many warps as
-// possible run on a multiprocessor at once; 0 where CUDA does not tell. staging: bytes of a group.
-int groups_a_block(const void* kernel, int warps, int most_groups, int staging, int alpha);
-
 template <typename In, int kVectors, bool kSymmetric>
 int32_t launch_groups(const QuantizeParams& params, const GroupShape& shape, cudaStream_t stream) {
-  constexpr int64_t kBlocksWanted = 2 * 132;  // as many rows a block as leave these
   const auto kernel = quantize_groups_kernel<In, kVectors, kSymmetric>;
   const auto entry = reinterpret_cast<const void*>(kernel);
   const int rank = static_cast<int>(params.args.rank), rows = shape.rows();
-  const int alpha = shape.alpha_bytes(rank, kVectors), own = group_bytes(shape, rank, kVectors);
+  const int alpha = shape.alpha_bytes(rank, kVectors), own = shape.group_bytes(rank, kVectors);
   const int most = static_cast<int>(std::clamp<int64_t>(params.args.m / (rows * kBlocksWanted), 1, kMaxGroups));
   const int groups = std::max(groups_a_block(entry, shape.warps, most, own, alpha), 1), shared = groups * own + alpha;
   int resident = 0;

@@ -11,24 +11,12 @@
 //   grid: as many blocks as run at once, each goes on to further rows; a block is 32 W threads x rows.
 #pragma once
 
-#include <algorithm>
-
+#include "copy_async.cuh"
 #include "dependent_launch.cuh"
 #include "half_products.cuh"
-#include "quantize_rows.cuh"
+#include "half_rows.cuh"
 
 namespace qvdit {
-
-constexpr int kKept = 16;  // rows whose results are written at once
-
-// What a warp finds of a row.
-template <bool kLowRank>
-struct WarpResult {
-  float scale;
-  int stored_zero;
-  int sum;                         // of what is stored
-  float u[kLowRank ? kLines : 1];  // Σ (x_q - zero) alpha, of each line
-};
 
 // As few as hold a row, for as many warps as that allows.
 constexpr int half_registers(int vectors) { return vectors < 6 ? 64 : 24 + 8 * vectors; }
@@ -65,12 +53,9 @@ __global__ void __maxnreg__(half_registers(kVectors))
     const In* from = own_x + static_cast<int64_t>(min(row, rows - 1)) * features;
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
-      if (k(v) < features) {
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(staging + v * 512), "l"(from + v * kRowStep)
-                     : "memory");
-      }
+      if (k(v) < features) copy_async(staging + v * 512, from + v * kRowStep);
     }
-    asm volatile("cp.async.commit_group;");
+    commit_copies();
   };
 
   const auto meet = [&] {
@@ -85,7 +70,7 @@ __global__ void __maxnreg__(half_registers(kVectors))
   float gain = 1.f;
   const auto prepare = [&](uint32_t first) {
     const uint32_t row = min(first + lane * step, rows - 1);
-    if (args.frame_gain) gain = __ldg(args.frame_gain + params.frames.remainder(params.tokens.quotient(row)));
+    if (args.frame_gain) gain = params.gain(row, 0);
   };
   const auto write = [&](uint32_t first, int count) {
     const uint32_t row = first + lane * step;
@@ -123,7 +108,7 @@ __global__ void __maxnreg__(half_registers(kVectors))
   fetch(row);
   if constexpr (kLowRank) prepare(row);
   if (kLowRank && warps == 1) {  // else the first row's own meeting comes before alpha is read
-    asm volatile("cp.async.wait_all;" ::: "memory");
+    wait_for_copies();
     __syncthreads();
   }
 #pragma unroll 1
@@ -131,7 +116,7 @@ __global__ void __maxnreg__(half_registers(kVectors))
     // Else what follows from it is computed once, before the loop, and kept in more registers than there are.
     asm volatile("" : "+r"(first_k));
     uint4 words[kVectors];
-    asm volatile("cp.async.wait_all;" ::: "memory");
+    wait_for_copies();
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
       words[v] = make_uint4(0, 0, 0, 0);
@@ -167,13 +152,7 @@ __global__ void __maxnreg__(half_registers(kVectors))
     for (int v = 0; v < kVectors; ++v) {
       float centred[kVector];  // kRounder + x_q - zero
       integers_of_halves<In, kSymmetric>(words[v], grid, centred);
-      uint2 bytes = {pack_bytes(centred[0], centred[1], centred[2], centred[3]),
-                     pack_bytes(centred[4], centred[5], centred[6], centred[7])};
-      if constexpr (!kSymmetric) {  // where symmetric, what lies past the features is 0 already
-        const uint32_t zero_bytes = (static_cast<uint32_t>(stored_zero) & 0xff) * 0x01010101u;
-        const uint32_t inside = k(v) < features ? ~0u : 0u;
-        bytes.x = __vadd4(bytes.x, zero_bytes) & inside, bytes.y = __vadd4(bytes.y, zero_bytes) & inside;
-      }
+      const uint2 bytes = stored_bytes<kSymmetric>(centred, stored_zero, k(v) < features);
       if (args.row_sum) {
         sum = __dp4a(static_cast<int>(bytes.x), 0x01010101, __dp4a(static_cast<int>(bytes.y), 0x01010101, sum));
       }
@@ -205,23 +184,10 @@ __global__ void __maxnreg__(half_registers(kVectors))
 
 template <typename In, int kVectors, bool kSymmetric, bool kLowRank>
 int32_t launch_halves(const QuantizeParams& params, cudaStream_t stream) {
-  constexpr int kWarpsWanted = 4;             // a block
-  constexpr int64_t kBlocksWanted = 2 * 132;  // as many rows a block as leave these
-  // Of few rows too a block has several: alpha is as many bytes as a row.
-  constexpr int64_t kFewRows = 1024, kBlocksOfFew = 256;
-  constexpr int kVectorBytes = 16, kAlphaBytes = kLowRank ? 16 : 0, kResults = kKept * sizeof(WarpResult<kLowRank>);
   const auto kernel = quantize_halves_kernel<In, kVectors, kSymmetric, kLowRank>;
   const auto entry = reinterpret_cast<const void*>(kernel);
-  const int slots = 32 * kVectors * kVector, warps = static_cast<int>((params.k_pad + slots - 1) / slots);
-  int rows = std::max(kWarpsWanted / warps, 1);
-  while (rows > 1 && params.args.m < rows * kBlocksWanted) rows /= 2;
-  if (kLowRank && params.args.m <= kFewRows) {
-    rows = static_cast<int>(std::clamp<int64_t>(params.args.m / kBlocksOfFew, 1, kMaxWarps / warps));
-  }
   const int limit = dynamic_shared_limit(entry);
-  const auto bytes = [&] { return warps * (32 * kVectors * (rows * kVectorBytes + kAlphaBytes) + rows * kResults); };
-  while (rows > 1 && bytes() > limit) --rows;
-  const int shared = bytes();
+  const auto [warps, rows, shared] = plan_halves<kLowRank>(params.args.m, params.k_pad, kVectors, limit);
   int resident = 0;
   if (const int32_t status = resident_blocks(entry, 32 * warps * rows, shared, limit, resident)) {
     return status;

@@ -230,6 +230,25 @@ def test_rows_do_not_depend_on_how_many_there_are(dtype, symmetric, rank, k):
     assert_alike_together_and_apart(rows, x)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("gains", [1, 2])
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("k", [1152, 3072, 12288])
+def test_every_row_has_its_frames_gain(dtype, symmetric, gains, rank, k):
+    """Many rows, frames that end amid a block's: the term without a gain, times the row's, to the bit."""
+    frames, tokens, m = 7, 331, 20_001
+    generator = torch.Generator("cuda").manual_seed(9)
+    x = torch.randn(m, k, generator=generator, device="cuda").to(dtype)
+    alpha = torch.randn(gains * rank, k, generator=generator, device="cuda").half()
+    gain = torch.randn(gains, frames, generator=generator, device="cuda")
+    options = {"frame_gain": gain, "tokens_per_frame": tokens}
+    found = torch.ops.qvdit.quantize_rows(x, 8, symmetric, alpha=alpha, **options)[3]
+    alone = torch.ops.qvdit.quantize_rows(x, 8, symmetric, alpha=alpha)[3]
+    per_row = gain[:, torch.arange(m, device="cuda") // tokens % frames].repeat_interleave(rank, 0)
+    torch.testing.assert_close(found, alone * per_row, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("m", [512, 700, 1024])
 @pytest.mark.parametrize("k", [40, 1152, 3072, 5120, 12288])

@@ -127,6 +127,65 @@ def test_quotients_of_any_size_are_rounded_as_a_division_is(host, divisor, seed,
     np.testing.assert_array_equal(found, expected)
 
 
+# Bytes of shared memory that a block may have on sm_86, 89 and 120; 80 and 87; 90 and 100; less what kernels declare.
+SHARED_LIMITS = st.sampled_from([99, 163, 227]).map(lambda kb: (kb - 1) * 1024)
+FEATURES = st.integers(1, 2048).map(lambda eights: 8 * eights)  # K of rows that are read 16 bytes at a time
+MANY_ROWS = 2**31 - 2
+
+
+def padded(k: int) -> int:
+    return -(-k // ROW_PAD) * ROW_PAD
+
+
+def plan_halves(host: ctypes.CDLL, m: int, k: int, vectors: int, rank: int, limit: int) -> list[int]:
+    found, size, number = (ctypes.c_int32 * 3)(), ctypes.c_int64, ctypes.c_int32
+    host.qvdit_host_plan_halves(size(m), size(k), number(vectors), number(rank), number(limit), found)
+    return list(found)
+
+
+def plan_groups(host: ctypes.CDLL, k: int, rank: int, limit: int) -> list[int]:
+    found = (ctypes.c_int32 * 7)()
+    host.qvdit_host_plan_groups(ctypes.c_int64(k), ctypes.c_int32(rank), ctypes.c_int32(limit), found)
+    return list(found)
+
+
+@given(st.integers(1, MANY_ROWS), FEATURES, st.sampled_from([4, 5, 6, 8, 10]), st.integers(0, 1), SHARED_LIMITS)
+def test_a_block_of_rows_fits(host, m, k, vectors, rank, limit):
+    warps, rows, shared = plan_halves(host, m, k, vectors, rank, limit)
+    assert (warps - 1) * vectors * 256 < padded(k) <= warps * vectors * 256
+    assert rows >= 1
+    if warps <= 16:  # the kernel takes other vectors
+        assert warps * rows <= 16
+        assert shared <= limit
+
+
+@given(FEATURES, st.integers(2, 32), SHARED_LIMITS)
+def test_a_group_of_rows_fits(host, k, rank, limit):
+    vectors, rows, warps, pieces, _, alpha, group = plan_groups(host, k, rank, limit)
+    if vectors == 0:
+        return
+    assert pieces * vectors * 32 >= padded(k)
+    assert warps <= 16
+    assert warps * 8 == pieces * rows
+    groups = (limit - alpha) // group
+    assert groups >= 1
+    assert groups * warps >= 8
+
+
+@pytest.mark.parametrize(
+    ("k", "rank", "vectors", "rows"),
+    [
+        (1152, 4, 12, 8),
+        (3072, 4, 12, 4),  # a group of eight would take half of a multiprocessor
+        (3072, 8, 12, 8),  # but four products a vector cost more
+        (12288, 2, 12, 2),
+        (12288, 32, 0, 1),
+    ],
+)
+def test_rows_are_grouped_as_was_fastest(host, k, rank, vectors, rows):
+    assert plan_groups(host, k, rank, 226 * 1024)[:2] == [vectors, rows]
+
+
 def test_python_repeats_the_argument_structs(host):
     structs = (cuda.QuantizeArgs, cuda.UnpackArgs, cuda.GemmArgs, cuda.AttentionArgs, cuda.GatedResidualArgs)
     sizes = (ctypes.c_int64 * len(structs))()

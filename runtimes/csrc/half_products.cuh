@@ -7,7 +7,6 @@
 #include <cuda_fp16.h>
 
 #include "copy_async.cuh"
-#include "quantize_plan.h"
 #include "round_quotient.h"
 
 namespace qvdit {

@@ -1,4 +1,5 @@
 // What of the kernels can be tested without a GPU, as a small shared library: the headers they share with the host.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -127,18 +128,31 @@ QVDIT_API void qvdit_host_plan_halves(int64_t m, int64_t k, int32_t vectors, int
   found[0] = plan.warps, found[1] = plan.rows, found[2] = plan.shared;
 }
 
-// How 16-bit rows of several ranks are: vectors a thread (0: they do not fit), rows, warps and pieces of a row of a
-// group, products a vector, bytes of alpha and of a group.
-QVDIT_API void qvdit_host_plan_groups(int64_t k, int32_t rank, int32_t shared_limit, int32_t found[7]) {
-  const auto [vectors, shape] = qvdit::plan_groups(qvdit::padded(k), rank, shared_limit);
-  const int32_t of_plan[7] = {vectors,
+// How 16-bit rows of several ranks are laid out: vectors a thread (0: they do not fit), rows, warps and pieces of a row
+// of a group, products a vector, bytes of alpha and of a group, warps that run on a multiprocessor.
+QVDIT_API void qvdit_host_plan_groups(int64_t k, int32_t rank, int32_t shared_limit, int32_t found[8]) {
+  const qvdit::GroupPlan plan = qvdit::plan_groups(qvdit::padded(k), rank, shared_limit);
+  const auto& [vectors, shape] = plan;
+  if (vectors == 0) {
+    std::fill_n(found, 8, 0);
+    return;
+  }
+  const int32_t of_plan[8] = {vectors,
                               shape.rows(),
                               shape.warps,
                               shape.pieces(),
                               shape.sets(rank),
                               shape.alpha_bytes(rank, vectors),
-                              shape.group_bytes(rank, vectors)};
-  std::memcpy(found, of_plan, sizeof(of_plan));
+                              shape.group_bytes(rank, vectors),
+                              qvdit::running_warps(plan, rank, shared_limit)};
+  std::copy_n(of_plan, 8, found);
+}
+
+// Groups of a block, of rows that are laid out so, on a multiprocessor with so many warps and bytes of shared memory.
+QVDIT_API int32_t qvdit_host_groups_a_block(int64_t k, int32_t rank, int32_t shared_limit, int32_t warps,
+                                            int32_t shared, int32_t most_groups) {
+  const qvdit::GroupPlan plan = qvdit::plan_groups(qvdit::padded(k), rank, shared_limit);
+  return plan.vectors == 0 ? 0 : qvdit::groups_a_block({warps, shared}, shared_limit, plan, rank, most_groups);
 }
 
 // The sizes of the argument structs, which runtimes/cuda.py repeats: quantize, unpack, gemm, attention,

@@ -1,11 +1,10 @@
-// What happens to a row before it is quantized.
+// What happens to a row before it is quantized. The elements from K on stay 0.
 #pragma once
 
 #include "row_values.cuh"
 
 namespace qvdit {
 
-// Each leaves the elements from K on 0.
 struct Plain {
   template <typename Values>
   static __device__ __forceinline__ void apply(Values&, RowThreads&, const QuantizeParams&) {}

@@ -53,29 +53,19 @@ int dynamic_shared_limit(const void* kernel) {
   return most - static_cast<int>(declared.sharedSizeBytes);
 }
 
-int groups_a_block(const void* kernel, int warps, int most_groups, int staging, int alpha) {
-  constexpr int kReserved = 1 << 10;  // bytes a block, by CUDA
-  int device = 0, all_shared = 0, all_registers = 0;
+Multiprocessor multiprocessor(const void* kernel) {
+  int device = 0, shared = 0, registers = 0;
   cudaFuncAttributes declared = {};
   const bool known =
       cudaGetDevice(&device) == cudaSuccess &&
-      cudaDeviceGetAttribute(&all_shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device) == cudaSuccess &&
-      cudaDeviceGetAttribute(&all_registers, cudaDevAttrMaxRegistersPerMultiprocessor, device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&registers, cudaDevAttrMaxRegistersPerMultiprocessor, device) == cudaSuccess &&
       cudaFuncGetAttributes(&declared, kernel) == cudaSuccess;
   if (!known) {
     cudaGetLastError();  // resident_blocks meets it again
-    return 0;
+    return {};
   }
-  const int limit = dynamic_shared_limit(kernel), all_warps = all_registers / (32 * declared.numRegs);
-  int best = 0, most_warps = 0;
-  for (int groups = 1; groups <= most_groups && groups * warps <= kMaxWarps; ++groups) {
-    const int shared = groups * staging + alpha;
-    if (shared > limit) break;
-    const int blocks = std::min(all_warps / (groups * warps),
-                                all_shared / (shared + static_cast<int>(declared.sharedSizeBytes) + kReserved));
-    if (blocks * groups * warps > most_warps) best = groups, most_warps = blocks * groups * warps;
-  }
-  return best;
+  return {registers / (32 * declared.numRegs), shared};
 }
 
 int32_t resident_blocks(const void* kernel, int threads, int shared, int most_shared, int& blocks) {

@@ -1,4 +1,4 @@
-// What the quantizers share: their arguments, a row's grid, two elements of 16 bits in a word, how blocks are launched.
+// What the quantizers share: their arguments, a row's grid, two elements of 16 bits in a word, what a device has.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -128,9 +128,8 @@ int dynamic_shared_limit(const void* kernel);
 // How many blocks of a kernel run at once on the current device; lets it have the most shared memory it may ask for.
 int32_t resident_blocks(const void* kernel, int threads, int shared, int most_shared, int& blocks);
 
-// How many groups a block should have, so that with one alpha in shared memory for all of them as many warps as
-// possible run on a multiprocessor at once; 0 where CUDA does not tell. staging: bytes of a group.
-int groups_a_block(const void* kernel, int warps, int most_groups, int staging, int alpha);
+// What a multiprocessor of the current device has for a kernel; nothing where CUDA does not tell.
+Multiprocessor multiprocessor(const void* kernel);
 
 // One file each, so that they compile beside each other. Of 16-bit rows as they are: quantize_f16 and quantize_bf16 up
 // to rank 1, quantize_groups of higher ranks, where they fit.

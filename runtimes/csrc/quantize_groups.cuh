@@ -16,10 +16,13 @@
 //   grid: as many blocks as run at once, each group goes on to further rows; a block is 32 W threads x groups.
 #pragma once
 
+#include <algorithm>
+
 #include "copy_async.cuh"
 #include "dependent_launch.cuh"
 #include "half_products.cuh"
 #include "half_rows.cuh"
+#include "quantize_plan.h"
 
 namespace qvdit {
 
@@ -117,7 +120,7 @@ struct GroupThreads {
   }
 
   // The maximum over the lanes of one row, in all of them.
-  __device__ __forceinline__ float warp_max(float value) const {
+  __device__ __forceinline__ float row_max(float value) const {
     value = max_nan(value, __shfl_xor_sync(0xffffffffu, value, 1));
     value = max_nan(value, __shfl_xor_sync(0xffffffffu, value, 2));
     for (int apart = kLineLanes << shape.log2_rows; apart < 32; apart *= 2) {
@@ -229,8 +232,8 @@ __global__ void __maxnreg__(group_registers(kVectors))
     uint32_t (&extremes)[2][kLines] = shared.range[turn];
     float highest = 0.f, lowest = 0.f;
     range_of_halves<In, kSymmetric>(values.words, highest, lowest);
-    highest = threads.warp_max(highest);
-    if constexpr (!kSymmetric) lowest = threads.warp_max(lowest);
+    highest = threads.row_max(highest);
+    if constexpr (!kSymmetric) lowest = threads.row_max(lowest);
     if (threads.first_of_row()) {
       atomicMax(&extremes[0][row_in_group], __float_as_uint(highest) & 0x7fffffffu);
       if constexpr (!kSymmetric) atomicMax(&extremes[1][row_in_group], __float_as_uint(lowest) & 0x7fffffffu);
@@ -299,18 +302,16 @@ __global__ void __maxnreg__(group_registers(kVectors))
 }
 
 template <typename In, int kVectors, bool kSymmetric>
-int32_t launch_groups(const QuantizeParams& params, const GroupShape& shape, cudaStream_t stream) {
+int32_t launch_groups(const QuantizeParams& params, const GroupPlan& plan, cudaStream_t stream) {
   const auto kernel = quantize_groups_kernel<In, kVectors, kSymmetric>;
   const auto entry = reinterpret_cast<const void*>(kernel);
-  const int rank = static_cast<int>(params.args.rank), rows = shape.rows();
-  const int alpha = shape.alpha_bytes(rank, kVectors), own = shape.group_bytes(rank, kVectors);
+  const GroupShape& shape = plan.shape;
+  const int rank = static_cast<int>(params.args.rank), rows = shape.rows(), limit = dynamic_shared_limit(entry);
   const int most = static_cast<int>(std::clamp<int64_t>(params.args.m / (rows * kBlocksWanted), 1, kMaxGroups));
-  const int groups = std::max(groups_a_block(entry, shape.warps, most, own, alpha), 1), shared = groups * own + alpha;
+  const int groups = groups_a_block(multiprocessor(entry), limit, plan, rank, most);
+  const int shared = shape.alpha_bytes(rank, kVectors) + groups * shape.group_bytes(rank, kVectors);
   int resident = 0;
-  if (const int32_t status =
-          resident_blocks(entry, 32 * shape.warps * groups, shared, dynamic_shared_limit(entry), resident)) {
-    return status;
-  }
+  if (const int32_t status = resident_blocks(entry, 32 * shape.warps * groups, shared, limit, resident)) return status;
   const int64_t blocks = (params.args.m + groups * rows - 1) / (groups * rows);
   kernel<<<static_cast<unsigned>(blocks < resident ? blocks : resident), dim3(32 * shape.warps, groups), shared,
            stream>>>(params, shape);
@@ -318,9 +319,9 @@ int32_t launch_groups(const QuantizeParams& params, const GroupShape& shape, cud
 }
 
 template <typename In, int kVectors>
-int32_t launch_groups(const QuantizeParams& params, const GroupShape& shape, cudaStream_t stream) {
-  return params.args.symmetric ? launch_groups<In, kVectors, true>(params, shape, stream)
-                               : launch_groups<In, kVectors, false>(params, shape, stream);
+int32_t launch_groups(const QuantizeParams& params, const GroupPlan& plan, cudaStream_t stream) {
+  return params.args.symmetric ? launch_groups<In, kVectors, true>(params, plan, stream)
+                               : launch_groups<In, kVectors, false>(params, plan, stream);
 }
 
 // fits: whether the low-rank term does; nothing was started where it does not.
@@ -333,11 +334,11 @@ int32_t launch_groups(const QuantizeParams& params, bool& fits, cudaStream_t str
     case 0:
       return QVDIT_OK;
     case 8:
-      return launch_groups<In, 8>(params, plan.shape, stream);
+      return launch_groups<In, 8>(params, plan, stream);
     case 10:
-      return launch_groups<In, 10>(params, plan.shape, stream);
+      return launch_groups<In, 10>(params, plan, stream);
     default:
-      return launch_groups<In, 12>(params, plan.shape, stream);
+      return launch_groups<In, 12>(params, plan, stream);
   }
 }
 

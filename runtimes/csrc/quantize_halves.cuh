@@ -15,6 +15,7 @@
 #include "dependent_launch.cuh"
 #include "half_products.cuh"
 #include "half_rows.cuh"
+#include "quantize_plan.h"
 
 namespace qvdit {
 

@@ -11,11 +11,10 @@
 namespace qvdit {
 
 constexpr int kVector = 8;     // elements that a thread has for every 256 of its warp
-constexpr int kMaxWarps = 16;  // a row, or a group of rows
+constexpr int kMaxWarps = 16;  // of a row, of a group of rows, and where these are several of a block
 constexpr int kLines = 8;      // of a warp: lanes 4 c … 4 c + 3 are line c, a row of the products' operands
 
-constexpr int64_t kFewRows = 1024;          // leave multiprocessors without work
-constexpr int64_t kBlocksWanted = 2 * 132;  // of more rows: as many rows a block as leave these
+constexpr int64_t kBlocksWanted = 2 * 132;  // a block has no more rows than leave so many blocks
 
 // What so many warps of so many vectors a thread cost. Beside its vectors a warp has to find maxima and scales, which
 // takes as long as two of them.
@@ -62,8 +61,8 @@ struct HalvesPlan {
 template <bool kLowRank>
 HalvesPlan plan_halves(int64_t m, int64_t k_pad, int vectors, int shared_limit) {
   constexpr int kWarpsWanted = 4;  // a block
-  // Of few rows too a block has several: alpha is as many bytes as a row.
-  constexpr int64_t kBlocksOfFew = 256;
+  // Few rows leave multiprocessors without work; of these too a block has several, as alpha is as many bytes as a row.
+  constexpr int64_t kFewRows = 1024, kBlocksOfFew = 256;
   constexpr int kVectorBytes = 16, kAlphaBytes = kLowRank ? 16 : 0, kResults = kKept * sizeof(WarpResult<kLowRank>);
   const int warps = static_cast<int>(warps_of(k_pad, 32 * vectors * kVector));
   int rows = std::max(kWarpsWanted / warps, 1);
@@ -125,48 +124,91 @@ struct GroupPlan {
   GroupShape shape = {};
 };
 
-// Groups of so many rows, of the vectors that cost least. Four iterations' results are written at once where there is
-// room for them: each time the group meets once more.
+constexpr int kFewestWarps = 8;  // beside one alpha: fewer would wait too long
+
+// How many groups fit a block, beside one alpha.
+inline int groups_that_fit(const GroupShape& shape, int vectors, int rank, int shared_limit) {
+  const int room = shared_limit - shape.alpha_bytes(rank, vectors);
+  return room < 0 ? 0 : std::min(room / shape.group_bytes(rank, vectors), kMaxGroups);
+}
+
+// How many of a shape's warps run on a multiprocessor that has room for as many groups as a block has, and for
+// kMaxWarps warps of so many registers.
+inline int running_warps(const GroupPlan& plan, int rank, int shared_limit) {
+  const int groups = groups_that_fit(plan.shape, plan.vectors, rank, shared_limit);
+  return std::min(groups, kMaxWarps / plan.shape.warps) * plan.shape.warps;
+}
+
+// Groups of so many rows: of those of which two run at once, else of all, the vectors that cost least. Four iterations'
+// results are written at once where there is room for them: each time the group meets once more.
 inline GroupPlan plan_groups_of(int log2_rows, int64_t k_pad, int rank, int shared_limit) {
-  constexpr int kFewestWarps = 8;  // beside one alpha: fewer would wait too long, and a row is quantized for itself
   GroupPlan best;
   int64_t least = 0;
+  bool two_run = false;
   for (int vectors : {12, 10, 8}) {
     const int64_t warps = warps_of(k_pad, kSegment * vectors * (kLines >> log2_rows));
-    const int64_t cost = warps_cost(warps, vectors);
-    if (warps > kMaxWarps || (best.vectors > 0 && cost >= least)) continue;
+    if (warps > kMaxWarps) continue;
     for (int log2_kept : {kMostLog2Kept, 0}) {
-      const GroupShape shape{log2_rows, static_cast<int>(warps), log2_kept};
-      const int room = shared_limit - shape.alpha_bytes(rank, vectors);
-      const int64_t groups = std::min(room / shape.group_bytes(rank, vectors), kMaxGroups);
+      const GroupPlan plan{vectors, {log2_rows, static_cast<int>(warps), log2_kept}};
+      const int groups = groups_that_fit(plan.shape, vectors, rank, shared_limit);
       if (groups * warps < kFewestWarps) continue;
-      best = {vectors, shape}, least = cost;
+      const bool two = groups >= 2 && 2 * warps <= kMaxWarps;
+      const int64_t cost = warps_cost(warps, vectors);
+      if (best.vectors == 0 || two > two_run || (two == two_run && cost < least)) {
+        best = plan, least = cost, two_run = two;
+      }
       break;
     }
   }
   return best;
 }
 
-// The most rows a group that fit; but where a group is so large that one or two have a multiprocessor for themselves,
-// and all wait when it does, fewer, as long as that takes two products a vector at most. How many rows there are does
-// not matter: no sum's order may depend on it.
+// The most rows a group that fit. Of a group of kLarge vectors and more a multiprocessor holds one or two, whose warps
+// all wait at each meeting: of fewer rows then, as long as as many warps run and a vector takes at most kMostSets
+// products (of rank 8 four made 106 µs of 98 at K = 3072). How many rows there are does not matter: no sum's order may
+// depend on it.
 //
 // µs at rank 4 of 32768 rows on a GPU that bf16 products keep hot, in groups of eight with 8, 10 and 12 vectors, and of
 // four: K = 1152: 43, 40, 40 | 49 at best; 1920: 65, 65, 61 | 65; 3072: 107, -, 91 | 101, 102, 89; 4608: -, 144, 142 |
-// -, 150, 138; 5120: -, 154, 154 | -, 154, 161. At rank 2 of 4608: 142 | 128, of 5120: 154 | 143. With 14 to 20 vectors
+// -, 150, 138; 5120: -, 154, 154 | -, 154, 161. At rank 2 of 4608: 137 | 124, of 5120: 155 | 145. With 14 to 20 vectors
 // twelve warps run instead of sixteen: none was faster (H200, 2026-11-29).
 inline GroupPlan plan_groups(int64_t k_pad, int rank, int shared_limit) {
   constexpr int kLarge = 96;  // vectors of all of a group's warps: 48 KB
   constexpr int kMostSets = 2;
   GroupPlan chosen;
+  int running = 0;
   for (int log2_rows = 3; log2_rows >= 1; --log2_rows) {
     const GroupPlan plan = plan_groups_of(log2_rows, k_pad, rank, shared_limit);
     if (plan.vectors == 0) continue;
-    if (chosen.vectors > 0 && plan.shape.sets(rank) > kMostSets) break;
-    chosen = plan;
+    const int would_run = running_warps(plan, rank, shared_limit);
+    if (chosen.vectors > 0 && (plan.shape.sets(rank) > kMostSets || would_run < running)) break;
+    chosen = plan, running = would_run;
     if (plan.shape.warps * plan.vectors < kLarge) break;
   }
   return chosen;
+}
+
+// What a multiprocessor has for a kernel.
+struct Multiprocessor {
+  int warps;   // that its registers hold
+  int shared;  // bytes
+};
+
+// How many groups a block should have, so that with one alpha in shared memory for all of them as many warps as
+// possible run at once: the fewest, as more groups, for fewer copies of alpha, took longer; and no more than
+// most_groups, unless fewer than kFewestWarps would run.
+inline int groups_a_block(const Multiprocessor& has, int shared_limit, const GroupPlan& plan, int rank,
+                          int most_groups) {
+  constexpr int kReserved = 1 << 10;  // bytes a block, by CUDA
+  const int warps = plan.shape.warps, fit = groups_that_fit(plan.shape, plan.vectors, rank, shared_limit);
+  int best = 1, most_warps = 0;
+  for (int groups = 1; groups <= fit && groups * warps <= kMaxWarps; ++groups) {
+    if (groups > most_groups && most_warps >= kFewestWarps) break;
+    const int shared = plan.shape.alpha_bytes(rank, plan.vectors) + groups * plan.shape.group_bytes(rank, plan.vectors);
+    const int blocks = std::min(has.warps / (groups * warps), has.shared / (shared + kReserved));
+    if (blocks * groups * warps > most_warps) best = groups, most_warps = blocks * groups * warps;
+  }
+  return best;
 }
 
 }  // namespace qvdit

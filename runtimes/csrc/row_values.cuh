@@ -21,6 +21,7 @@ __device__ __forceinline__ float total(const float (&sums)[kChains]) {
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
+// The greatest of a thread's, NaN where any is.
 __device__ __forceinline__ float greatest(const float (&of)[kChains]) {
   return max_nan(max_nan(of[0], of[1]), max_nan(of[2], of[3]));
 }

@@ -215,7 +215,7 @@ def assert_alike_together_and_apart(rows: Callable[[torch.Tensor], tuple[torch.T
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("rank", [0, 1, 3, 4, 32])
+@pytest.mark.parametrize("rank", [0, 1, 2, 3, 4, 32])
 @pytest.mark.parametrize("k", [40, 1152, 3072, 5120, 8960, 12288])
 def test_rows_do_not_depend_on_how_many_there_are(dtype, symmetric, rank, k):
     """Many rows, of which each block has several after and beside one another: what they give a few at a time."""

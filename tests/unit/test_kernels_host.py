@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -127,10 +128,11 @@ def test_quotients_of_any_size_are_rounded_as_a_division_is(host, divisor, seed,
     np.testing.assert_array_equal(found, expected)
 
 
-# Bytes of shared memory that a block may have on sm_86, 89 and 120; 80 and 87; 90 and 100; less what kernels declare.
-SHARED_LIMITS = st.sampled_from([99, 163, 227]).map(lambda kb: (kb - 1) * 1024)
+# KB of shared memory that a block may have on sm_86, 89 and 120; on 80 and 87; on 90 and 100. A multiprocessor has one
+# more, which CUDA keeps for a block.
+SHARED_KB = st.sampled_from([99, 163, 227])
 FEATURES = st.integers(1, 2048).map(lambda eights: 8 * eights)  # K of rows that are read 16 bytes at a time
-MANY_ROWS = 2**31 - 2
+ROWS = st.one_of(st.integers(1, 3000), st.integers(1, 2**31 - 2))
 
 
 def padded(k: int) -> int:
@@ -143,47 +145,79 @@ def plan_halves(host: ctypes.CDLL, m: int, k: int, vectors: int, rank: int, limi
     return list(found)
 
 
-def plan_groups(host: ctypes.CDLL, k: int, rank: int, limit: int) -> list[int]:
-    found = (ctypes.c_int32 * 7)()
-    host.qvdit_host_plan_groups(ctypes.c_int64(k), ctypes.c_int32(rank), ctypes.c_int32(limit), found)
-    return list(found)
+class Groups(NamedTuple):
+    """qvdit_host_plan_groups's numbers."""
+
+    vectors: int
+    rows: int
+    warps: int
+    pieces: int
+    sets: int
+    alpha: int
+    bytes: int
+    running: int
 
 
-@given(st.integers(1, MANY_ROWS), FEATURES, st.sampled_from([4, 5, 6, 8, 10]), st.integers(0, 1), SHARED_LIMITS)
-def test_a_block_of_rows_fits(host, m, k, vectors, rank, limit):
+def plan_groups(host: ctypes.CDLL, k: int, rank: int, kb: int) -> Groups:
+    found = (ctypes.c_int32 * 8)()
+    host.qvdit_host_plan_groups(ctypes.c_int64(k), ctypes.c_int32(rank), ctypes.c_int32(kb * 1024), found)
+    return Groups(*found)
+
+
+@given(ROWS, FEATURES, st.sampled_from([4, 5, 6, 8, 10]), st.integers(0, 1), SHARED_KB)
+def test_a_block_of_rows_fits(host, m, k, vectors, rank, kb):
+    limit = kb * 1024 - 256  # the kernel declares some
     warps, rows, shared = plan_halves(host, m, k, vectors, rank, limit)
     assert (warps - 1) * vectors * 256 < padded(k) <= warps * vectors * 256
     assert rows >= 1
-    if warps <= 16:  # the kernel takes other vectors
-        assert warps * rows <= 16
-        assert shared <= limit
+    assert warps * rows <= 16
+    assert shared <= limit
 
 
-@given(FEATURES, st.integers(2, 32), SHARED_LIMITS)
-def test_a_group_of_rows_fits(host, k, rank, limit):
-    vectors, rows, warps, pieces, _, alpha, group = plan_groups(host, k, rank, limit)
-    if vectors == 0:
+@given(FEATURES, st.integers(2, 31), SHARED_KB)
+def test_a_group_of_rows_fits(host, k, rank, kb):
+    plan = plan_groups(host, k, rank, kb)
+    if plan.vectors == 0:
+        assert rank > 2 or kb < 227  # of two ranks an H200 takes every row
+        assert plan_groups(host, k, rank + 1, kb).vectors == 0
         return
-    assert pieces * vectors * 32 >= padded(k)
-    assert warps <= 16
-    assert warps * 8 == pieces * rows
-    groups = (limit - alpha) // group
+    assert plan.pieces * plan.vectors * 32 >= padded(k)
+    assert plan.warps <= 16
+    assert plan.sets <= 2 or plan_groups(host, k, 2, kb).rows <= plan.rows  # fewer rows only for so few products
+    assert plan.alpha + plan.bytes <= kb * 1024
+
+
+@given(FEATURES, st.integers(2, 32), SHARED_KB, st.integers(1, 16))
+def test_a_block_of_groups_fits(host, k, rank, kb, most):
+    plan = plan_groups(host, k, rank, kb)
+    if plan.vectors == 0:
+        return
+    multiprocessor = (19 if plan.vectors == 8 else 16, (kb + 1) * 1024)
+    numbers = (rank, kb * 1024, *multiprocessor, most)
+    groups = host.qvdit_host_groups_a_block(ctypes.c_int64(k), *map(ctypes.c_int32, numbers))
     assert groups >= 1
-    assert groups * warps >= 8
+    assert plan.warps * groups <= 16  # so that at most eight of two warps and more meet at barriers of their own
+    assert plan.alpha + groups * plan.bytes <= kb * 1024
+    blocks = min(multiprocessor[0] // (groups * plan.warps), (kb + 1) // -(-(plan.alpha + groups * plan.bytes) // 1024))
+    assert blocks * groups * plan.warps >= 8 or groups > most
 
 
 @pytest.mark.parametrize(
-    ("k", "rank", "vectors", "rows"),
+    ("k", "rank", "vectors", "rows", "running"),
     [
-        (1152, 4, 12, 8),
-        (3072, 4, 12, 4),  # a group of eight would take half of a multiprocessor
-        (3072, 8, 12, 8),  # but four products a vector cost more
-        (12288, 2, 12, 2),
-        (12288, 32, 0, 1),
+        (1152, 4, 12, 8, 15),
+        (2880, 4, 12, 4, 16),  # 10 vectors and nine warps cost less, but one group alone would run
+        (3072, 4, 12, 4, 16),  # a group of eight would have half of a multiprocessor
+        (3072, 8, 12, 8, 16),  # but four products a vector cost more
+        (5120, 2, 10, 4, 16),
+        (5760, 4, 12, 4, 16),
+        (12288, 2, 12, 2, 16),
+        (12288, 32, 0, 0, 0),
     ],
 )
-def test_rows_are_grouped_as_was_fastest(host, k, rank, vectors, rows):
-    assert plan_groups(host, k, rank, 226 * 1024)[:2] == [vectors, rows]
+def test_rows_are_grouped_as_was_fastest(host, k, rank, vectors, rows, running):
+    plan = plan_groups(host, k, rank, 227)
+    assert (plan.vectors, plan.rows, plan.running) == (vectors, rows, running)
 
 
 def test_python_repeats_the_argument_structs(host):

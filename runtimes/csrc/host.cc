@@ -128,8 +128,8 @@ QVDIT_API void qvdit_host_plan_halves(int64_t m, int64_t k, int32_t vectors, int
   found[0] = plan.warps, found[1] = plan.rows, found[2] = plan.shared;
 }
 
-// How 16-bit rows of several ranks are laid out: vectors a thread (0: they do not fit), rows, warps and pieces of a row
-// of a group, products a vector, bytes of alpha and of a group, warps that run on a multiprocessor.
+// How 16-bit rows of several ranks are laid out: vectors a thread (0: they do not fit), a group's rows and warps,
+// pieces of a row, products a vector, bytes of alpha and of a group, running_warps.
 QVDIT_API void qvdit_host_plan_groups(int64_t k, int32_t rank, int32_t shared_limit, int32_t found[8]) {
   const qvdit::GroupPlan plan = qvdit::plan_groups(qvdit::padded(k), rank, shared_limit);
   const auto& [vectors, shape] = plan;

@@ -11,10 +11,12 @@
 namespace qvdit {
 
 constexpr int kVector = 8;     // elements that a thread has for every 256 of its warp
-constexpr int kMaxWarps = 16;  // of a row, of a group of rows, and where these are several of a block
+constexpr int kMaxWarps = 16;  // of a row, of a group of rows, and of a block that has several
 constexpr int kLines = 8;      // of a warp: lanes 4 c … 4 c + 3 are line c, a row of the products' operands
 
-constexpr int64_t kBlocksWanted = 2 * 132;  // a block has no more rows than leave so many blocks
+// A block has several rows or groups only where that leaves so many blocks, but for few rows beside an alpha, and where
+// fewer than kFewestWarps would run.
+constexpr int64_t kBlocksWanted = 2 * 132;
 
 // What so many warps of so many vectors a thread cost. Beside its vectors a warp has to find maxima and scales, which
 // takes as long as two of them.
@@ -92,7 +94,7 @@ struct GroupShared {
 
 // How rows lie in warps.
 struct GroupShape {
-  int log2_rows;  // of a group: 8, 4 or 2
+  int log2_rows;  // of a group's rows: 3, 2 or 1
   int warps;      // of a group
   int log2_kept;  // iterations whose results are written at once
 
@@ -132,8 +134,8 @@ inline int groups_that_fit(const GroupShape& shape, int vectors, int rank, int s
   return room < 0 ? 0 : std::min(room / shape.group_bytes(rank, vectors), kMaxGroups);
 }
 
-// How many of a shape's warps run on a multiprocessor that has room for as many groups as a block has, and for
-// kMaxWarps warps of so many registers.
+// How many warps of a plan run at once, roughly: of as many groups as fit a block, and no more than kMaxWarps. What a
+// multiprocessor really has is asked in groups_a_block.
 inline int running_warps(const GroupPlan& plan, int rank, int shared_limit) {
   const int groups = groups_that_fit(plan.shape, plan.vectors, rank, shared_limit);
   return std::min(groups, kMaxWarps / plan.shape.warps) * plan.shape.warps;
@@ -170,8 +172,8 @@ inline GroupPlan plan_groups_of(int log2_rows, int64_t k_pad, int rank, int shar
 //
 // µs at rank 4 of 32768 rows on a GPU that bf16 products keep hot, in groups of eight with 8, 10 and 12 vectors, and of
 // four: K = 1152: 43, 40, 40 | 49 at best; 1920: 65, 65, 61 | 65; 3072: 107, -, 91 | 101, 102, 89; 4608: -, 144, 142 |
-// -, 150, 138; 5120: -, 154, 154 | -, 154, 161. At rank 2 of 4608: 137 | 124, of 5120: 155 | 145. With 14 to 20 vectors
-// twelve warps run instead of sixteen: none was faster (H200, 2026-11-29).
+// -, 150, 138; 5120: -, 154, 154 | -, 154, 161; 5760: -, -, 163 | -, -, 170. At rank 2 of 4608: 137 | 124, of 5120: 155
+// | 145. With 14 to 20 vectors twelve warps run instead of sixteen: none was faster (H200, 2026-11-29).
 inline GroupPlan plan_groups(int64_t k_pad, int rank, int shared_limit) {
   constexpr int kLarge = 96;  // vectors of all of a group's warps: 48 KB
   constexpr int kMostSets = 2;

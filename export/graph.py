@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -81,6 +82,8 @@ def quantized_model(
 
     kept: weights of the linears that stay in full precision.
     """
+    if body == "qdq":
+        layers = tuple(_with_zeros(layer) if isinstance(layer, LowBitLayer) else layer for layer in layers)
     fills = {
         layer.name: _low_bit(layer) if isinstance(layer, LowBitLayer) else static_int8(layer, body) for layer in layers
     }
@@ -91,6 +94,17 @@ def quantized_model(
     if not variants:  # a static model has no node of ours
         drop_domain(model)
     return model
+
+
+def _with_zeros(layer: LowBitLayer) -> LowBitLayer:
+    """The layer with zero points that are 0, where its INT8 weights have none.
+
+    On x86 without VNNI ONNX Runtime (1.31) makes such weights unsigned, gives those without zero points a single one,
+    and then refuses that beside a scale for every output or group.
+    """
+    if layer.weight_zero is not None or weight_type(layer.weight_bits) != TensorProto.INT8:
+        return layer
+    return replace(layer, weight_zero=np.zeros(layer.weight_scale.shape, np.int8))
 
 
 def baseline_model(traced: onnx.ModelProto, weights: dict[str, FullWeights]) -> onnx.ModelProto:

@@ -33,6 +33,24 @@ def saturates() -> bool:
     return not cpuinfo.is_file() or "vnni" not in cpuinfo.read_text(errors="replace")
 
 
+def session_options(threads: int | None = None) -> onnxruntime.SessionOptions:
+    """What every session here runs with: threads that sleep while they wait, and exact products."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    # A thread that waits spins for 100 µs, then sleeps. Two that spin for longer may come to share a core where
+    # something else runs, and stay there, since the scheduler moves threads as they wake: 300 ms a forward pass of
+    # wan-shapes on two cores in place of 172. Threads that never spin take 186.
+    options.add_session_config_entry("session.intra_op.spin_duration_us", "100")
+    # Older versions do not know that: there, at least, nobody spins once a run is over.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if saturates():
+        # u8 x u8 for 8-bit weights: slower, exact.
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    return options
+
+
 def session(
     model: bytes | Path,
     threads: int | None = None,
@@ -48,18 +66,8 @@ def session(
     """
     import onnxruntime
 
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or 0
+    options = session_options(threads)
     options.log_severity_level = 3 if device == "cpu" or os.environ.get("QVDIT_DEBUG") else 4
-    # A thread that waits spins for 100 µs, then sleeps. Two that spin for longer may come to share a core where
-    # something else runs, and stay there, since the scheduler moves threads as they wake: 300 ms a forward pass of
-    # wan-shapes on two cores in place of 172. Threads that never spin take 186.
-    options.add_session_config_entry("session.intra_op.spin_duration_us", "100")
-    # Older versions do not know that: there, at least, nobody spins once a run is over.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    if saturates():
-        # u8 x u8 for 8-bit weights: slower, exact.
-        options.add_session_config_entry("session.x64quantprecision", "1")
     if soon:
         options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     if folder is not None:

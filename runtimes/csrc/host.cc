@@ -129,7 +129,7 @@ QVDIT_API void qvdit_host_plan_halves(int64_t m, int64_t k, int32_t vectors, int
 }
 
 // How 16-bit rows of several ranks are laid out: vectors a thread (0: they do not fit), a group's rows and warps,
-// pieces of a row, products a vector, bytes of alpha and of a group, running_warps.
+// pieces of a row, products a vector, bytes of alpha and of a group, warps that run at once.
 QVDIT_API void qvdit_host_plan_groups(int64_t k, int32_t rank, int32_t shared_limit, int32_t found[8]) {
   const qvdit::GroupPlan plan = qvdit::plan_groups(qvdit::padded(k), rank, shared_limit);
   const auto& [vectors, shape] = plan;
@@ -144,7 +144,7 @@ QVDIT_API void qvdit_host_plan_groups(int64_t k, int32_t rank, int32_t shared_li
                               shape.sets(rank),
                               shape.alpha_bytes(rank, vectors),
                               shape.group_bytes(rank, vectors),
-                              qvdit::running_warps(plan, rank, shared_limit)};
+                              qvdit::running_groups(plan, rank, shared_limit) * shape.warps};
   std::copy_n(of_plan, 8, found);
 }
 

@@ -309,7 +309,7 @@ int32_t launch_groups(const QuantizeParams& params, const GroupPlan& plan, cudaS
   const int rank = static_cast<int>(params.args.rank), rows = shape.rows(), limit = dynamic_shared_limit(entry);
   const int most = static_cast<int>(std::clamp<int64_t>(params.args.m / (rows * kBlocksWanted), 1, kMaxGroups));
   const int groups = groups_a_block(multiprocessor(entry), limit, plan, rank, most);
-  const int shared = shape.alpha_bytes(rank, kVectors) + groups * shape.group_bytes(rank, kVectors);
+  const int shared = plan.block_bytes(groups, rank);
   int resident = 0;
   if (const int32_t status = resident_blocks(entry, 32 * shape.warps * groups, shared, limit, resident)) return status;
   const int64_t blocks = (params.args.m + groups * rows - 1) / (groups * rows);

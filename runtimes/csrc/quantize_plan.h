@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <initializer_list>
+#include <utility>
 
 #include "unpack.h"
 
@@ -124,41 +125,40 @@ struct GroupShape {
 struct GroupPlan {
   int vectors = 0;
   GroupShape shape = {};
+
+  // Bytes of shared memory of a block of so many groups.
+  int block_bytes(int groups, int rank) const {
+    return shape.alpha_bytes(rank, vectors) + groups * shape.group_bytes(rank, vectors);
+  }
 };
 
 constexpr int kFewestWarps = 8;  // beside one alpha: fewer would wait too long
 
 // How many groups fit a block, beside one alpha.
-inline int groups_that_fit(const GroupShape& shape, int vectors, int rank, int shared_limit) {
-  const int room = shared_limit - shape.alpha_bytes(rank, vectors);
-  return room < 0 ? 0 : std::min(room / shape.group_bytes(rank, vectors), kMaxGroups);
+inline int groups_that_fit(const GroupPlan& plan, int rank, int shared_limit) {
+  const int room = shared_limit - plan.block_bytes(0, rank);
+  return room < 0 ? 0 : std::min(room / plan.shape.group_bytes(rank, plan.vectors), kMaxGroups);
 }
 
-// How many warps of a plan run at once, roughly: of as many groups as fit a block, and no more than kMaxWarps. What a
+// How many groups of a plan run at once, roughly: as many as fit a block, and no more than kMaxWarps warps. What a
 // multiprocessor really has is asked in groups_a_block.
-inline int running_warps(const GroupPlan& plan, int rank, int shared_limit) {
-  const int groups = groups_that_fit(plan.shape, plan.vectors, rank, shared_limit);
-  return std::min(groups, kMaxWarps / plan.shape.warps) * plan.shape.warps;
+inline int running_groups(const GroupPlan& plan, int rank, int shared_limit) {
+  return std::min(groups_that_fit(plan, rank, shared_limit), kMaxWarps / plan.shape.warps);
 }
 
 // Groups of so many rows: of those of which two run at once, else of all, the vectors that cost least. Four iterations'
 // results are written at once where there is room for them: each time the group meets once more.
 inline GroupPlan plan_groups_of(int log2_rows, int64_t k_pad, int rank, int shared_limit) {
   GroupPlan best;
-  int64_t least = 0;
-  bool two_run = false;
+  std::pair<bool, int64_t> least;  // whether one alone runs; the cost
   for (int vectors : {12, 10, 8}) {
     const int64_t warps = warps_of(k_pad, kSegment * vectors * (kLines >> log2_rows));
     if (warps > kMaxWarps) continue;
     for (int log2_kept : {kMostLog2Kept, 0}) {
       const GroupPlan plan{vectors, {log2_rows, static_cast<int>(warps), log2_kept}};
-      const int groups = groups_that_fit(plan.shape, vectors, rank, shared_limit);
-      if (groups * warps < kFewestWarps) continue;
-      const bool two = groups >= 2 && 2 * warps <= kMaxWarps;
-      const int64_t cost = warps_cost(warps, vectors);
-      if (best.vectors == 0 || two > two_run || (two == two_run && cost < least)) {
-        best = plan, least = cost, two_run = two;
-      }
+      if (groups_that_fit(plan, rank, shared_limit) * warps < kFewestWarps) continue;
+      const std::pair cost(running_groups(plan, rank, shared_limit) < 2, warps_cost(warps, vectors));
+      if (best.vectors == 0 || cost < least) best = plan, least = cost;
       break;
     }
   }
@@ -178,11 +178,11 @@ inline GroupPlan plan_groups(int64_t k_pad, int rank, int shared_limit) {
   constexpr int kLarge = 96;  // vectors of all of a group's warps: 48 KB
   constexpr int kMostSets = 2;
   GroupPlan chosen;
-  int running = 0;
+  int running = 0;  // warps
   for (int log2_rows = 3; log2_rows >= 1; --log2_rows) {
     const GroupPlan plan = plan_groups_of(log2_rows, k_pad, rank, shared_limit);
     if (plan.vectors == 0) continue;
-    const int would_run = running_warps(plan, rank, shared_limit);
+    const int would_run = running_groups(plan, rank, shared_limit) * plan.shape.warps;
     if (chosen.vectors > 0 && (plan.shape.sets(rank) > kMostSets || would_run < running)) break;
     chosen = plan, running = would_run;
     if (plan.shape.warps * plan.vectors < kLarge) break;
@@ -202,12 +202,12 @@ struct Multiprocessor {
 inline int groups_a_block(const Multiprocessor& has, int shared_limit, const GroupPlan& plan, int rank,
                           int most_groups) {
   constexpr int kReserved = 1 << 10;  // bytes a block, by CUDA
-  const int warps = plan.shape.warps, fit = groups_that_fit(plan.shape, plan.vectors, rank, shared_limit);
+  const int warps = plan.shape.warps, fit = groups_that_fit(plan, rank, shared_limit);
   int best = 1, most_warps = 0;
   for (int groups = 1; groups <= fit && groups * warps <= kMaxWarps; ++groups) {
     if (groups > most_groups && most_warps >= kFewestWarps) break;
-    const int shared = plan.shape.alpha_bytes(rank, plan.vectors) + groups * plan.shape.group_bytes(rank, plan.vectors);
-    const int blocks = std::min(has.warps / (groups * warps), has.shared / (shared + kReserved));
+    const int blocks =
+        std::min(has.warps / (groups * warps), has.shared / (plan.block_bytes(groups, rank) + kReserved));
     if (blocks * groups * warps > most_warps) best = groups, most_warps = blocks * groups * warps;
   }
   return best;

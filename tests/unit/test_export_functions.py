@@ -26,7 +26,7 @@ from qvdit.export.functions import ATTRIBUTES, DOMAIN, INPUTS, NODE, OPSET, Vari
 from qvdit.method.lowbit import LowBitLinear
 from qvdit.method.reference import layer_reference
 from qvdit.runtimes.layers import LayerModels
-from qvdit.runtimes.onnxruntime import saturates, session
+from qvdit.runtimes.onnxruntime import saturates, session, session_options
 from qvdit.runtimes.signed import signed_model
 
 BODIES = ("qdq", "integer")
@@ -383,9 +383,7 @@ def test_optimizations_change_no_integer(body: str, optimized: bool, weight_bits
     if saturates() and weight_bits == 8 and body == "integer" and not optimized:
         pytest.skip("this CPU's products of 8-bit weights are exact only after an optimization")
     layer = make_layer(weight_bits, 8, act_symmetric=False, zero=True, bias=True, rank=1, n=16, k=64)
-    options = onnxruntime.SessionOptions()
-    if saturates():  # as our sessions have it
-        options.add_session_config_entry("session.x64quantprecision", "1")
+    options = session_options()
     level = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimized else level.ORT_DISABLE_ALL
     model = as_model(layer, body=body).SerializeToString()
